@@ -1,0 +1,1 @@
+"""Block-sparse attention kernels for NVIDIA GPUs: arrays and block lists in, arrays out."""

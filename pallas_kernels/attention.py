@@ -1,0 +1,107 @@
+"""Block-sparse attention with gradients: the one name that the library calls."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+
+from pallas_kernels.backward import backward
+from pallas_kernels.call import Settings
+from pallas_kernels.forward import forward
+
+Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Portable:
+    """Kernels where a call is lowered for CUDA, and `fallback` where it is lowered otherwise.
+
+    fallback(query, key, value, head_index, offset) -> (out, lse); None where the kernels must
+    run. pattern_of_head: which list each head of the whole call walks.
+    """
+
+    settings: Settings
+    pattern_of_head: tuple[int, ...]
+    fallback: Attention | None = None
+
+
+def _forward(static: Portable, *args: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def kernels(*args: jax.Array) -> tuple[jax.Array, jax.Array]:
+        query, key, value, head_index, offset = args
+        numbers = jnp.asarray(static.pattern_of_head, jnp.int32)[head_index]
+        return forward(static.settings, query, key, value, numbers, offset)
+
+    if static.fallback is None:
+        return kernels(*args)
+    return lax.platform_dependent(*args, cuda=kernels, default=static.fallback)
+
+
+def _forward_rule(static: Portable, *args: jax.Array) -> Any:
+    out, lse = _forward(static, *args)
+    out = checkpoint_name(out, "s2_attention_out")
+    lse = checkpoint_name(lse, "s2_attention_lse")
+    return (out, lse), (args, out, lse)
+
+
+def _backward_rule(static: Portable, residuals: Any, grads: tuple[jax.Array, jax.Array]) -> Any:
+    (query, key, value, head_index, offset), out, lse = residuals
+    fallback = static.fallback
+
+    def kernels(*operands: Any) -> tuple[jax.Array, ...]:
+        inputs, head_index, offset, out, lse, (grad_out, grad_lse) = operands
+        numbers = jnp.asarray(static.pattern_of_head, jnp.int32)[head_index]
+        delta = jnp.sum(out.astype(jnp.float32) * grad_out.astype(jnp.float32), axis=-1)
+        delta = jnp.where(jnp.isneginf(lse), 0.0, jnp.swapaxes(delta, 1, 2) - grad_lse)
+        return backward(static.settings, inputs, numbers, offset, lse, delta, grad_out)
+
+    def elsewhere(*operands: Any) -> tuple[jax.Array, ...]:
+        inputs, head_index, offset, _, _, grads = operands
+        assert fallback is not None
+        return jax.vjp(lambda *qkv: fallback(*qkv, head_index, offset), *inputs)[1](grads)
+
+    operands = ((query, key, value), head_index, offset, out, lse, grads)
+    if fallback is None:
+        gradients = kernels(*operands)
+    else:
+        gradients = lax.platform_dependent(*operands, cuda=kernels, default=elsewhere)
+    return (*gradients, None, None)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(static: Portable, *args: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return _forward(static, *args)
+
+
+_attention.defvjp(_forward_rule, _backward_rule)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def block_sparse_attention(
+    static: Portable,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    head_index: jax.Array,
+    offset: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention over the tiles that the layouts name; differentiable through output and LSE.
+
+    Args:
+      static: settings, layouts and what runs where there is no CUDA.
+      query: `[batch, q_len, heads, head_dim]`, bfloat16, float16 or float32.
+      key: `[batch, kv_len, kv_heads, head_dim]`.
+      value: `[batch, kv_len, kv_heads, value_dim]`.
+      head_index: int32 `[heads]`, the numbers of the query heads in the whole call.
+      offset: int32 `[batch]`, position of query 0; read where `settings.query_offset` is None.
+
+    Returns:
+      Output `[batch, q_len, heads, value_dim]`; LSE, float32 `[batch, heads, q_len]`.
+    """
+    return _attention(static, query, key, value, head_index, offset)

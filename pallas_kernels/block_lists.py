@@ -1,0 +1,53 @@
+"""The block lists that a kernel walks: what a layout hands over, and how it is packed.
+
+A program owns one *fixed* tile (query tokens forward and for dq, key tokens for dk/dv) and walks
+along the other axis in *units* of `unit` tokens. Units that every row of the tile sees come as
+runs, arithmetic progressions that need no mask; the others come one by one with a bit for each
+`rows` part of the fixed tile that sees them, and are masked.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+
+STEP_BITS = 14
+COUNT_BITS = 31 - STEP_BITS
+MAX_STEP = (1 << STEP_BITS) - 1
+MAX_COUNT = (1 << COUNT_BITS) - 1
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["order", "run_start", "runs", "partial_start", "partial"],
+    meta_fields=["num_tiles", "first_tile", "max_runs", "unit", "group", "rows"],
+)
+@dataclasses.dataclass(frozen=True)
+class BlockLists:
+    """Lists for every fixed tile of every distinct head pattern, in compressed rows.
+
+    order: int32 [patterns, num_tiles]; tiles of a pattern, the longest first.
+    run_start: int32 [patterns * num_tiles + 1]; where a tile's runs start.
+    runs: int32 [runs, 2]; first unit, then step << COUNT_BITS | count. A run has `count` tiles
+      of `group` units, each unit `step` units after the one before.
+    partial_start: int32 [patterns * num_tiles + 1]; where a tile's partial units start.
+    partial: int32 [partial]; unit << rows | one bit for each part of the fixed tile.
+    num_tiles, first_tile: the lists cover fixed tiles first_tile .. first_tile + num_tiles - 1.
+    max_runs: most runs of any tile.
+    unit: tokens in a unit. group: units in a walked tile. rows: parts of a fixed tile.
+    """
+
+    order: Any
+    run_start: Any
+    runs: Any
+    partial_start: Any
+    partial: Any
+    num_tiles: int
+    first_tile: int
+    max_runs: int
+    unit: int
+    group: int
+    rows: int

@@ -1,0 +1,123 @@
+"""What the three kernels share on their way in: static settings and operand specs."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.block_lists import BlockLists
+from pallas_kernels.tiles import TileConfig
+from pallas_kernels.walk import ListMeta
+
+
+class Layouts(Protocol):
+    """Where the block lists come from; hashable, compared by value."""
+
+    def forward(self) -> BlockLists: ...
+    def dq(self) -> BlockLists: ...
+    def dkv(self) -> BlockLists: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """The static side of a call.
+
+    query_offset: position of query 0, or None where it is an array that comes with the call.
+    q_limit: query positions from here on have no lists, and give NaN.
+    """
+
+    layouts: Layouts
+    tiles: TileConfig
+    scale: float
+    causal: bool
+    block_size: int
+    query_offset: int | None
+    q_limit: int
+    interpret: bool
+
+
+class Operands(tuple):
+    """The list arrays and per-call scalars, in the order in which every kernel takes them."""
+
+    SIZE = 7
+
+    @classmethod
+    def of(cls, lists: BlockLists, pattern_of_head: jax.Array, offset: jax.Array) -> Operands:
+        arrays = (lists.order, lists.run_start, lists.runs, lists.partial_start, lists.partial)
+        return cls((*map(jnp.asarray, arrays), pattern_of_head, offset))
+
+
+class ListRefs:
+    """The same inside a kernel, with the questions that a program asks first."""
+
+    def __init__(self, refs: tuple[Any, ...], meta: ListMeta, settings: Settings, batch: Any):
+        self.order, self.run_start, self.runs, self.partial_start, self.partial = refs[:5]
+        self._pattern_of_head, self._offset = refs[5:]
+        self.meta = meta
+        self._settings, self._batch = settings, batch
+
+    def offset(self) -> Any:
+        static = self._settings.query_offset
+        return self._offset[self._batch] if static is None else static
+
+    def ranked_tile(self, head: Any, rank: Any) -> jax.Array:
+        """The fixed tile that is `rank`-th longest for a head, counted from the first tile."""
+        return self.order[self._pattern_of_head[head], rank]
+
+    def row(self, head: Any, tile: Any) -> jax.Array:
+        return self._pattern_of_head[head] * self.meta.num_tiles + tile
+
+
+def padded_dim(dim: int) -> int:
+    """Tensor dims are powers of two in Triton, and at least 16 in its matrix products."""
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def query_rows(
+    settings: Settings, refs: ListRefs, head: Any, rank: Any, num_ranks: int, block_q: int, q_len: int
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
+    """List row, query positions [block_q], array rows and which of them exist (None: all)."""
+    offset, meta = refs.offset(), refs.meta
+    lane = lax.iota(jnp.int32, block_q)
+    if settings.query_offset is None:
+        tile = lax.div(jnp.maximum(offset, 0), block_q) + (num_ranks - 1 - rank)
+        listed = jnp.clip(tile - meta.first_tile, 0, meta.num_tiles - 1)
+    else:
+        listed = refs.ranked_tile(head, rank)
+        tile = listed + meta.first_tile
+    positions = tile * block_q + lane
+    rows = positions - offset
+    exists = None
+    if settings.query_offset is None or offset % block_q or q_len % block_q:
+        exists = (rows >= 0) & (rows < q_len)
+        rows = jnp.where(exists, rows, q_len)
+    return refs.row(head, listed), positions, rows, exists
+
+
+def num_query_tiles(settings: Settings, lists: BlockLists, block_q: int, q_len: int) -> int:
+    """Programs along the queries: a traced offset may straddle one tile more."""
+    return lists.num_tiles if settings.query_offset is not None else -(-q_len // block_q) + 1
+
+
+def head_spec(length: int, dim: int, group: int = 1) -> pl.BlockSpec:
+    """All rows of the head that serves program (head, rank, batch); `group` heads share one."""
+    return pl.BlockSpec(
+        (None, length, None, dim), lambda head, rank, batch: (batch, 0, lax.div(head, group), 0)
+    )
+
+
+def scalars_spec(length: int) -> pl.BlockSpec:
+    """The same for `[batch, heads, length]`."""
+    return pl.BlockSpec((None, None, length), lambda head, rank, batch: (batch, head, 0))
+
+
+def whole(array: Any) -> pl.BlockSpec:
+    """A spec that hands the whole array to every program."""
+    zeros = (0,) * np.ndim(array)
+    return pl.BlockSpec(np.shape(array), lambda *_: zeros)

@@ -1,0 +1,79 @@
+"""How a kernel reaches the GPU: the one module that knows of Pallas' Triton backend.
+
+JAX 0.11 deprecated that backend; only that one warning is ignored here. Without a GPU a kernel
+can still be lowered: inside `jax.sharding.use_abstract_mesh` with an abstract CUDA device.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallas_kernels.tiles import Tile
+
+warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated")
+
+OLDEST_COMPUTE_CAPABILITY = 80
+
+_ABSTRACT_KINDS = (("B200", 100), ("H100", 90), ("H200", 90), ("L4", 89), ("A10G", 86), ("A100", 80))
+
+
+def target_platform() -> str:
+    """The platform that a call traced now will most likely be lowered for, such as "gpu"."""
+    abstract = _abstract_device()
+    if abstract is not None:
+        return "gpu" if abstract.platform in ("cuda", "gpu") else str(abstract.platform)
+    default = jax.config.jax_default_device  # type: ignore[attr-defined]
+    if default is not None:
+        return default if isinstance(default, str) else str(default.platform)
+    return jax.default_backend()
+
+
+def compute_capability() -> int | None:
+    """90 for an H100, and so on; None where it is not an NVIDIA GPU or not known."""
+    abstract = _abstract_device()
+    if abstract is not None:
+        found = (number for name, number in _ABSTRACT_KINDS if name in abstract.device_kind)
+        return next(found, None)
+    if target_platform() not in ("gpu", "cuda"):
+        return None
+    number = getattr(jax.local_devices(backend="gpu")[0], "compute_capability", None)
+    try:
+        return round(float(number) * 10) if number is not None else None
+    except ValueError:  # AMD GPUs name theirs "gfx..."
+        return None
+
+
+def _abstract_device() -> Any:
+    return getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+
+
+def call_kernel(
+    kernel: Callable[..., None],
+    operands: Sequence[jax.Array],
+    *,
+    name: str,
+    grid: tuple[int, ...],
+    in_specs: Sequence[pl.BlockSpec],
+    out_specs: Sequence[pl.BlockSpec],
+    out_shape: Sequence[jax.ShapeDtypeStruct],
+    tile: Tile,
+    interpret: bool,
+) -> Sequence[jax.Array]:
+    """Runs a kernel over a grid: compiled by Triton, or in Pallas' interpreter."""
+    parameters = plgpu.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages)
+    return pl.pallas_call(
+        kernel,
+        grid=grid,
+        in_specs=list(in_specs),
+        out_specs=list(out_specs),
+        out_shape=list(out_shape),
+        compiler_params=parameters,
+        interpret=interpret,
+        name=name,
+    )(*operands)

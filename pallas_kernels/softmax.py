@@ -1,0 +1,87 @@
+"""The online-softmax step and the mask of partial tiles, written once for all kernels.
+
+Scores are in units of log2: they are multiplied by `scale * log2(e)` once, so that exp2 serves.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+LOG2_E = math.log2(math.e)
+# Where a row's maximum starts. It is finite, so that a row that sees nothing never subtracts
+# infinity from infinity; masked scores are -inf, so that no rounding can make them count.
+LOWEST = -1e30
+
+
+class Softmax(NamedTuple):
+    """Running output [rows, dim], maximum [rows] and sum [rows], all float32."""
+
+    out: jax.Array
+    peak: jax.Array
+    total: jax.Array
+
+    @classmethod
+    def start(cls, rows: int, dim: int) -> Softmax:
+        zeros = jnp.zeros((rows,), jnp.float32)
+        return cls(jnp.zeros((rows, dim), jnp.float32), zeros + LOWEST, zeros)
+
+    def step(self, scores: jax.Array, value: jax.Array) -> Softmax:
+        """Takes in scores [rows, keys], -inf where masked, and their values [keys, dim]."""
+        peak = jnp.maximum(self.peak, jnp.max(scores, axis=1))
+        weights = jnp.exp2(scores - peak[:, None])
+        decay = jnp.exp2(self.peak - peak)
+        total = self.total * decay + jnp.sum(weights, axis=1)
+        out = self.out * decay[:, None] + dot(weights.astype(value.dtype), value)
+        return Softmax(out, peak, total)
+
+    def finish(self) -> tuple[jax.Array, jax.Array]:
+        """Output, and LSE in natural log: zeros and -inf in rows that saw nothing."""
+        seen = self.total > 0
+        total = jnp.where(seen, self.total, 1.0)
+        lse = jnp.where(seen, (self.peak + jnp.log2(total)) * (1 / LOG2_E), -jnp.inf)
+        return self.out / total[:, None], lse
+
+
+def partial_mask(
+    parts_axis: int,
+    part: int,
+    rows: int,
+    bits: jax.Array,
+    q_positions: jax.Array,
+    kv_positions: jax.Array,
+    *,
+    causal: bool,
+    limits: tuple[jax.Array | int, jax.Array | int],
+) -> jax.Array:
+    """Mask [fixed, walked]: the pattern's bits, the walked axis' limits, and causality.
+
+    parts_axis: 0 where the fixed tile holds queries, 1 where it holds keys. part: tokens in a
+    part of the fixed tile; rows: parts. limits: first and last + 1 position of the walked axis.
+    """
+    fixed, walked = (q_positions, kv_positions) if parts_axis == 0 else (kv_positions, q_positions)
+    inside = (walked >= limits[0]) & (walked < limits[1])
+    shape = (fixed.shape[0], walked.shape[0])
+    bits = jnp.where(inside, bits, 0)
+    if rows > 1:
+        which = lax.iota(jnp.int32, fixed.shape[0]) // part
+        mask = ((bits[None, :] >> which[:, None]) & 1) != 0
+    else:
+        mask = jnp.broadcast_to(bits[None, :] != 0, shape)
+    if causal:
+        fixed_, walked_ = fixed[:, None], walked[None, :]
+        mask &= (fixed_ >= walked_) if parts_axis == 0 else (walked_ >= fixed_)
+    return mask
+
+
+def dot(a: jax.Array, b: jax.Array, *, transpose_b: bool = False) -> jax.Array:
+    """a @ b (or a @ b.T) in float32; float32 inputs are multiplied in IEEE precision."""
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    contracting = ((1,), (1,)) if transpose_b else ((1,), (0,))
+    return lax.dot_general(
+        a, b, (contracting, ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )

@@ -1,0 +1,86 @@
+"""Tile shapes, and the one function a GPU generation that picks them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+TILE_SIZES = (16, 32, 64, 128)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """What one program works on: `block_q` x `block_kv` tokens, and how it is compiled.
+
+    num_warps: warps of 32 threads a program. num_stages: depth of the software pipeline.
+    """
+
+    block_q: int
+    block_kv: int
+    num_warps: int = 4
+    num_stages: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("block_q", "block_kv"):
+            size = getattr(self, name)
+            if size not in TILE_SIZES:
+                raise ValueError(f"{name}={size!r} must be one of {TILE_SIZES}")
+        if self.num_warps not in (1, 2, 4, 8, 16):
+            raise ValueError(f"num_warps={self.num_warps!r} must be 1, 2, 4, 8 or 16")
+        if not 1 <= self.num_stages <= 8:
+            raise ValueError(f"num_stages={self.num_stages!r} must lie in 1..8")
+
+
+@dataclasses.dataclass(frozen=True)
+class TileConfig:
+    """One tile for each kernel: forward, the query gradient, the key/value gradients."""
+
+    forward: Tile
+    dq: Tile
+    dkv: Tile
+
+    def __post_init__(self) -> None:
+        for name in ("forward", "dq", "dkv"):
+            if not isinstance(getattr(self, name), Tile):
+                raise TypeError(f"{name} must be a Tile, got {type(getattr(self, name)).__name__}")
+
+
+def pick_tiles(
+    *, head_dim: int, itemsize: int, q_len: int, compute_capability: int = 90
+) -> TileConfig:
+    """The tiles for a call.
+
+    Args:
+      head_dim: the larger of the two head dims.
+      itemsize: bytes an element: 2 or 4.
+      q_len: query tokens in a row; short rows want small tiles to fill the GPU.
+      compute_capability: 80, 86, 89, 90, 100, ...
+    """
+    pick = _hopper if compute_capability in (90, 100, 103) else _ampere
+    return pick(head_dim, itemsize, q_len)
+
+
+def _hopper(head_dim: int, itemsize: int, q_len: int) -> TileConfig:
+    """227 KB of shared memory a multiprocessor (H100, H200, B200)."""
+    if itemsize == 4:
+        size = 32 if head_dim > 128 else 64
+        tile = Tile(size, 32, num_warps=4, num_stages=1)
+        return TileConfig(forward=tile, dq=tile, dkv=Tile(32, size, num_warps=4, num_stages=1))
+    if head_dim > 128:
+        tile = Tile(64, 64, num_warps=8, num_stages=1)
+        return TileConfig(forward=Tile(64, 64, 8, 2), dq=tile, dkv=tile)
+    forward = Tile(128, 64, 8, 3) if q_len >= 16384 else Tile(64, 64, 4, 3)
+    return TileConfig(forward=forward, dq=Tile(64, 64, 4, 2), dkv=Tile(64, 64, 4, 3))
+
+
+def _ampere(head_dim: int, itemsize: int, q_len: int) -> TileConfig:
+    """99 KB of shared memory a program at most (sm_86, sm_89, sm_120; sm_80 has 163)."""
+    if itemsize == 4:
+        size = 16 if head_dim > 128 else 32
+        tile = Tile(size, 32, num_warps=4, num_stages=1)
+        return TileConfig(forward=tile, dq=tile, dkv=Tile(32, size, num_warps=4, num_stages=1))
+    if head_dim > 128:
+        tile = Tile(32, 32, num_warps=4, num_stages=1)
+        return TileConfig(forward=Tile(64, 32, 4, 1), dq=tile, dkv=tile)
+    return TileConfig(
+        forward=Tile(64, 64, 4, 2), dq=Tile(64, 64, 4, 1), dkv=Tile(64, 64, 4, 1)
+    )

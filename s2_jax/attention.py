@@ -1,0 +1,226 @@
+"""`s2_attention`: checks its arguments, chooses an implementation, and hands over."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import lowering
+from pallas_kernels.attention import Portable, block_sparse_attention
+from pallas_kernels.call import Settings
+from pallas_kernels.tiles import TileConfig, pick_tiles
+from s2_jax.checks import Call, check_call, check_implementation
+from s2_jax.layout import PatternLayouts, number_patterns
+from s2_jax.patterns import Pattern
+from s2_jax.reference import Tokens, reference_attention
+from s2_jax.structure import Heads
+
+_KERNEL_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+_MAX_HEAD_DIM = 256
+
+
+def s2_attention(
+    query: Float[Array, "*batch q_len heads head_dim"],
+    key: Float[Array, "*batch kv_len kv_heads head_dim"],
+    value: Float[Array, "*batch kv_len kv_heads value_dim"],
+    pattern: Pattern,
+    *,
+    scale: float | None = None,
+    query_offset: int | Int[Array, "*batch"] = 0,
+    segment_ids: Int[Array, "*batch q_len"] | None = None,
+    kv_segment_ids: Int[Array, "*batch kv_len"] | None = None,
+    query_seq_lengths: Int[Array, "*batch"] | None = None,
+    key_value_seq_lengths: Int[Array, "*batch"] | None = None,
+    logits_soft_cap: float | None = None,
+    head_axis: str | None = None,
+    return_lse: bool = False,
+    implementation: str | None = None,
+    tiles: TileConfig | None = None,
+) -> Any:
+    """Attention in which every head sees the blocks that `pattern` gives it.
+
+    Shapes as in `jax.nn.dot_product_attention`; the batch axis may be left out of everything.
+    Differentiable in query, key and value, through the output and through the LSE.
+
+    Args:
+      query: `[batch, q_len, heads, head_dim]`; key: `[batch, kv_len, kv_heads, head_dim]`;
+        value: `[batch, kv_len, kv_heads, value_dim]`. One float dtype for all; heads a multiple
+        of kv_heads (GQA, MQA). Kernels take bfloat16, float16 and float32.
+      pattern: what each head sees; static under `jit`, compared by value.
+      scale: of the scores; by default `1 / sqrt(head_dim)`. A Python number.
+      query_offset: absolute position of query 0 (keys start at 0). An int is static. An int32
+        array, `[]` or `[batch]`, may be traced: nothing is traced anew when it changes. It must
+        not exceed max(q_len, kv_len); positions beyond what the call covers give NaN.
+      segment_ids, kv_segment_ids: integers `[batch, q_len]` and `[batch, kv_len]`; tokens with
+        equal ids see each other. The second defaults to the first where the lengths agree.
+      query_seq_lengths, key_value_seq_lengths: int32 `[batch]`, valid leading rows. Padded
+        queries give output 0 and LSE -inf.
+      logits_soft_cap: caps scores smoothly, `cap * tanh(score / cap)`, where given.
+      head_axis: mesh axis over which the heads are split, inside `shard_map` or `pmap`; a shard
+        computes what its heads compute in the whole.
+      return_lse: also return the natural-log log-sum-exp of each query's scores.
+      implementation: None takes the kernels where the call is lowered for an NVIDIA GPU and the
+        reference elsewhere; "triton" the kernels; "interpret" the same kernels in Pallas'
+        interpreter, on any machine; "reference" plain jnp.
+      tiles: tile sizes for the kernels, instead of the heuristic's.
+
+    Returns:
+      Output `[batch, q_len, heads, value_dim]` in the inputs' dtype; with `return_lse` also the
+      LSE, `[batch, heads, q_len]` float32 (float64 from the reference on float64 inputs). A
+      query with nothing to attend to gives zeros, an LSE of -inf and zero gradients.
+
+    Raises:
+      ValueError, TypeError: arguments that do not fit, named, before anything is compiled.
+      NotImplementedError: what the kernels cannot do yet, on a GPU or where they were asked for.
+
+    Source: S2-Attention, arXiv 2407.17678.
+    """
+    check_implementation(implementation, tiles)
+    call, unbatched = check_call(
+        query, key, value, pattern, scale=scale, query_offset=query_offset,
+        segment_ids=segment_ids, kv_segment_ids=kv_segment_ids,
+        query_seq_lengths=query_seq_lengths, key_value_seq_lengths=key_value_seq_lengths,
+        logits_soft_cap=logits_soft_cap, head_axis=head_axis,
+    )  # fmt: skip
+    if 0 in (call.query.shape[0], call.query.shape[1], call.key.shape[1]):
+        out, lse = _nothing_to_see(call)
+    elif _choose(call, implementation) == "reference":
+        out, lse = Reference.of(call)(*_operands(call))
+    else:
+        out, lse = _kernels(call, implementation, tiles)
+    if unbatched:
+        out, lse = out[0], lse[0]
+    return (out, lse) if return_lse else out
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """The reference with the static side of a call bound, so that it can stand in for kernels."""
+
+    pattern: Pattern
+    num_heads: int
+    num_kv_heads: int
+    scale: float
+    logits_soft_cap: float | None
+    q_limit: int
+
+    @classmethod
+    def of(cls, call: Call) -> Reference:
+        numbers = (call.num_heads, call.num_kv_heads)
+        return cls(call.pattern, *numbers, call.scale, call.logits_soft_cap, call.q_limit)
+
+    def __call__(
+        self, query: Array, key: Array, value: Array, head_index: Array, offset: Array, *masks: Any
+    ) -> tuple[Array, Array]:
+        out, lse = reference_attention(
+            query, key, value, self.pattern, Heads(head_index, self.num_heads, self.num_kv_heads),
+            Tokens(offset, *masks), scale=self.scale, logits_soft_cap=self.logits_soft_cap,
+        )  # fmt: skip
+        position = offset[:, None] + jnp.arange(query.shape[1], dtype=jnp.int32)
+        defined = (position >= 0) & (position < self.q_limit)
+        out = jnp.where(defined[:, :, None, None], out, jnp.nan)
+        return out, jnp.where(defined[:, None, :], lse, jnp.nan)
+
+
+def _operands(call: Call) -> tuple[Any, ...]:
+    """Arrays of a call, masks last: what `Reference` takes."""
+    batch, _, local_heads, _ = call.query.shape
+    index = jnp.arange(local_heads, dtype=jnp.int32)
+    if call.head_axis is not None:
+        index = index + jax.lax.axis_index(call.head_axis).astype(jnp.int32) * local_heads
+    offset = call.query_offset
+    if isinstance(offset, int):
+        offset = jnp.full((batch,), offset, jnp.int32)
+    masks = (
+        call.segment_ids, call.kv_segment_ids, call.query_seq_lengths, call.key_value_seq_lengths
+    )  # fmt: skip
+    return call.query, call.key, call.value, index, offset, *masks
+
+
+def _nothing_to_see(call: Call) -> tuple[Array, Array]:
+    batch, q_len, heads, _ = call.query.shape
+    dtype = jnp.float64 if call.query.dtype == jnp.float64 else jnp.float32
+    out = jnp.zeros((batch, q_len, heads, call.value.shape[-1]), call.query.dtype)
+    return out, jnp.full((batch, heads, q_len), -jnp.inf, dtype)
+
+
+def _kernels(
+    call: Call, implementation: str | None, tiles: TileConfig | None
+) -> tuple[Array, Array]:
+    q_len, kv_len = call.query.shape[1], call.key.shape[1]
+    if tiles is None:
+        tiles = pick_tiles(
+            head_dim=max(call.query.shape[-1], call.value.shape[-1]),
+            itemsize=call.query.dtype.itemsize,
+            q_len=q_len,
+            compute_capability=lowering.compute_capability() or 90,
+        )
+    offset = call.query_offset if isinstance(call.query_offset, int) else None
+    layouts = PatternLayouts(
+        call.pattern, call.num_heads, call.num_kv_heads, offset or 0, call.q_limit, kv_len, tiles
+    )
+    settings = Settings(
+        layouts=layouts,
+        tiles=tiles,
+        scale=call.scale,
+        causal=call.pattern.causal,
+        block_size=call.pattern.block_size,
+        query_offset=offset,
+        q_limit=call.q_limit,
+        interpret=implementation == "interpret",
+    )
+    keys = call.pattern.head_keys(call.num_heads, call.num_kv_heads)
+    fallback = Reference.of(call) if implementation is None else None
+    static = Portable(settings, number_patterns(keys), fallback)
+    return block_sparse_attention(static, *_operands(call)[:5])
+
+
+def _choose(call: Call, implementation: str | None) -> str:
+    """"kernels" or "reference"; raises where what was asked for cannot run."""
+    if implementation == "reference":
+        return "reference"
+    missing = _missing_in_kernels(call)
+    on_gpu = lowering.target_platform() in ("gpu", "cuda")
+    capability = lowering.compute_capability()
+    too_old = on_gpu and (capability or 0) < lowering.OLDEST_COMPUTE_CAPABILITY
+    if implementation is None:
+        if missing and not on_gpu:
+            return "reference"
+        if too_old:
+            warnings.warn(
+                f"the kernels need an NVIDIA GPU of compute capability "
+                f"{lowering.OLDEST_COMPUTE_CAPABILITY / 10} or newer, got "
+                f"{(capability or 0) / 10}; the reference runs instead", stacklevel=3,
+            )  # fmt: skip
+            return "reference"
+    if implementation == "triton" and (not on_gpu or too_old):
+        raise ValueError(
+            f'implementation="triton" needs an NVIDIA GPU (Ampere or newer), but this call is '
+            f"traced for {lowering.target_platform()!r}; "
+            f'"interpret" and "reference" run anywhere'
+        )
+    if missing:
+        raise NotImplementedError(f"the kernels do not support {missing} yet")
+    return "kernels"
+
+
+def _missing_in_kernels(call: Call) -> str | None:
+    dims = (call.query.shape[-1], call.value.shape[-1])
+    reasons = {
+        f"dtype {call.query.dtype} (they take bfloat16, float16 and float32)": (
+            call.query.dtype not in _KERNEL_DTYPES
+        ),
+        f"head dims above {_MAX_HEAD_DIM}, got {max(dims)}": max(dims) > _MAX_HEAD_DIM,
+        f"a value dim that differs from head_dim, got {dims[1]} and {dims[0]}": dims[0] != dims[1],
+        "segment_ids": call.segment_ids is not None,
+        "query_seq_lengths": call.query_seq_lengths is not None,
+        "key_value_seq_lengths": call.key_value_seq_lengths is not None,
+        "logits_soft_cap": call.logits_soft_cap is not None,
+        "token_window patterns": call.pattern._has_token_window,
+    }
+    return next((reason for reason, applies in reasons.items() if applies), None)

@@ -1,0 +1,258 @@
+"""What `s2_attention` accepts: every bad call ends here, before anything is compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.tiles import TileConfig
+from s2_jax.patterns import Pattern
+
+IMPLEMENTATIONS = (None, "triton", "interpret", "reference")
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """A checked call, batch axis present. `query_offset` is an int, or int32 `[batch]`."""
+
+    query: jax.Array
+    key: jax.Array
+    value: jax.Array
+    pattern: Pattern
+    scale: float
+    query_offset: int | jax.Array
+    segment_ids: jax.Array | None
+    kv_segment_ids: jax.Array | None
+    query_seq_lengths: jax.Array | None
+    key_value_seq_lengths: jax.Array | None
+    logits_soft_cap: float | None
+    num_heads: int
+    num_kv_heads: int
+    head_axis: str | None
+
+    @property
+    def q_limit(self) -> int:
+        """Query positions from here on have no answer; reached only by a traced offset."""
+        q_len, kv_len = self.query.shape[1], self.key.shape[1]
+        if isinstance(self.query_offset, int):
+            return self.query_offset + q_len
+        blocks = self.pattern.q_block_limit
+        far = max(q_len, kv_len) + q_len
+        return far if blocks is None else min(far, blocks * self.pattern.block_size)
+
+
+def check_call(
+    query: Any,
+    key: Any,
+    value: Any,
+    pattern: Any,
+    *,
+    scale: Any,
+    query_offset: Any,
+    segment_ids: Any,
+    kv_segment_ids: Any,
+    query_seq_lengths: Any,
+    key_value_seq_lengths: Any,
+    logits_soft_cap: Any,
+    head_axis: Any,
+) -> tuple[Call, bool]:
+    """The call in canonical form, and whether it came without a batch axis."""
+    if not isinstance(pattern, Pattern):
+        raise TypeError(
+            f"pattern must be a pattern such as s2_jax.local_stride(16, 8), "
+            f"got {type(pattern).__name__}"
+        )
+    query, key, value, unbatched = _check_arrays(query, key, value)
+    batch, q_len, local_heads, head_dim = query.shape
+    kv_len, local_kv_heads = key.shape[1:3]
+
+    shards = 1
+    if head_axis is not None:
+        if not isinstance(head_axis, str):
+            raise TypeError(f"head_axis must name one mesh axis, got {head_axis!r}")
+        try:
+            shards = jax.lax.axis_size(head_axis)
+        except NameError:
+            raise ValueError(
+                f"{head_axis=} names no mesh axis in scope; use it inside shard_map or pmap"
+            ) from None
+    num_heads, num_kv_heads = local_heads * shards, local_kv_heads * shards
+
+    offset = _check_offset(query_offset, batch, unbatched)
+    last = offset + q_len if isinstance(offset, int) else max(q_len, kv_len)
+    blocks = pattern.block_size
+    pattern.check(num_heads, num_kv_heads, math.ceil(last / blocks), math.ceil(kv_len / blocks))
+
+    ids = {"segment_ids": (segment_ids, q_len), "kv_segment_ids": (kv_segment_ids, kv_len)}
+    rows = {name: _check_ids(name, a, batch, n, unbatched) for name, (a, n) in ids.items()}
+    if rows["segment_ids"] is not None and rows["kv_segment_ids"] is None:
+        if q_len != kv_len:
+            raise ValueError(
+                f"kv_segment_ids is required where the lengths differ, got {q_len=}, {kv_len=}"
+            )
+        rows["kv_segment_ids"] = rows["segment_ids"]
+    if rows["segment_ids"] is None and rows["kv_segment_ids"] is not None:
+        raise ValueError("kv_segment_ids needs segment_ids")
+    lengths = {
+        name: _check_lengths(name, array, batch, limit, unbatched)
+        for name, array, limit in (
+            ("query_seq_lengths", query_seq_lengths, q_len),
+            ("key_value_seq_lengths", key_value_seq_lengths, kv_len),
+        )
+    }
+    call = Call(
+        query=query,
+        key=key,
+        value=value,
+        pattern=pattern,
+        scale=_check_scale(scale, head_dim),
+        query_offset=offset,
+        **rows,
+        **lengths,
+        logits_soft_cap=_check_soft_cap(logits_soft_cap),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_axis=head_axis,
+    )
+    return call, unbatched
+
+
+def check_implementation(implementation: Any, tiles: Any) -> None:
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"{implementation=} must be one of {IMPLEMENTATIONS}")
+    if tiles is not None and not isinstance(tiles, TileConfig):
+        raise TypeError(f"tiles must be a TileConfig, got {type(tiles).__name__}")
+
+
+def _check_arrays(query: Any, key: Any, value: Any) -> tuple[Any, Any, Any, bool]:
+    arrays = {}
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(array, (np.ndarray, jax.Array)):
+            raise TypeError(f"{name} must be a NumPy or JAX array, got {type(array).__name__}")
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"{name} must have a floating dtype, got {array.dtype}")
+        if array.ndim not in (3, 4):
+            raise ValueError(
+                f"{name} must be [batch, length, heads, head_dim] or the same without batch, "
+                f"got shape {array.shape}"
+            )
+        arrays[name] = array
+    if len({array.dtype for array in arrays.values()}) > 1:
+        raise TypeError(
+            f"query, key and value must share one dtype, "
+            f"got {query.dtype}, {key.dtype} and {value.dtype}"
+        )
+    if query.ndim != key.ndim or query.ndim != value.ndim:
+        raise ValueError(
+            f"query, key and value must have the same rank, "
+            f"got shapes {query.shape}, {key.shape} and {value.shape}"
+        )
+    if isinstance(query, np.ndarray) and query.dtype == np.float64 and not jax.config.x64_enabled:
+        raise TypeError("query is float64, which JAX would cast to float32: enable jax_enable_x64")
+    query, key, value = (jnp.asarray(array) for array in arrays.values())
+    unbatched = query.ndim == 3
+    if unbatched:
+        query, key, value = query[None], key[None], value[None]
+    if key.shape[:3] != value.shape[:3]:
+        raise ValueError(
+            f"key and value must agree in batch, length and heads, "
+            f"got {key.shape} and {value.shape}"
+        )
+    if query.shape[0] != key.shape[0]:
+        raise ValueError(
+            f"query and key must agree in batch, got {query.shape[0]} and {key.shape[0]}"
+        )
+    if query.shape[-1] != key.shape[-1]:
+        raise ValueError(
+            f"query and key must have the same head_dim, got {query.shape[-1]} and {key.shape[-1]}"
+        )
+    if 0 in (query.shape[2], key.shape[2], query.shape[3], value.shape[3]):
+        raise ValueError(
+            f"heads and head_dim must not be 0, got shapes {query.shape} and {value.shape}"
+        )
+    if query.shape[2] % key.shape[2]:
+        raise ValueError(
+            f"the query heads must be a multiple of the key/value heads, "
+            f"got {query.shape[2]} and {key.shape[2]}"
+        )
+    return query, key, value, unbatched
+
+
+def _check_offset(offset: Any, batch: int, unbatched: bool) -> int | jax.Array:
+    if isinstance(offset, numbers.Integral) and not isinstance(offset, bool):
+        if offset < 0:
+            raise ValueError(f"query_offset={offset} must not be negative")
+        if offset >= 2**30:
+            raise ValueError(f"query_offset={offset} must be below 2**30")
+        return int(offset)
+    if not isinstance(offset, (np.ndarray, jax.Array)) or offset.dtype != jnp.int32:
+        kind = getattr(offset, "dtype", type(offset).__name__)
+        raise TypeError(f"query_offset must be an int or an int32 array, got {kind}")
+    shapes = [()] if unbatched else [(), (batch,)]
+    if offset.shape not in shapes:
+        raise ValueError(f"query_offset must have a shape of {shapes}, got {offset.shape}")
+    if not isinstance(offset, jax.core.Tracer) and offset.size and np.asarray(offset).min() < 0:
+        raise ValueError(f"query_offset must not be negative, got {np.asarray(offset)}")
+    return jnp.broadcast_to(jnp.asarray(offset), (batch,))
+
+
+def _check_ids(name: str, ids: Any, batch: int, length: int, unbatched: bool) -> Any:
+    if ids is None:
+        return None
+    if not isinstance(ids, (np.ndarray, jax.Array)) or not jnp.issubdtype(ids.dtype, jnp.integer):
+        kind = getattr(ids, "dtype", type(ids).__name__)
+        raise TypeError(f"{name} must be an integer array, got {kind}")
+    expected = (length,) if unbatched else (batch, length)
+    if ids.shape != expected:
+        raise ValueError(f"{name} must have shape {expected}, got {ids.shape}")
+    ids = jnp.asarray(ids)
+    return ids[None] if unbatched else ids
+
+
+def _check_lengths(name: str, lengths: Any, batch: int, limit: int, unbatched: bool) -> Any:
+    if lengths is None:
+        return None
+    kind = getattr(lengths, "dtype", type(lengths).__name__)
+    if not isinstance(lengths, (np.ndarray, jax.Array)) or lengths.dtype != jnp.int32:
+        raise TypeError(f"{name} must be an int32 array, got {kind}")
+    expected = () if unbatched else (batch,)
+    if lengths.shape != expected:
+        raise ValueError(f"{name} must have shape {expected}, got {lengths.shape}")
+    if not isinstance(lengths, jax.core.Tracer) and lengths.size:
+        known = np.asarray(lengths)
+        if known.min() < 0 or known.max() > limit:
+            raise ValueError(f"{name} must lie in [0, {limit}], got {known}")
+    lengths = jnp.asarray(lengths)
+    return lengths[None] if unbatched else lengths
+
+
+def _check_scale(scale: Any, head_dim: int) -> float:
+    if scale is None:
+        return 1.0 / math.sqrt(head_dim)
+    return _static_number("scale", scale, "multiply the query instead")
+
+
+def _check_soft_cap(cap: Any) -> float | None:
+    if cap is None:
+        return None
+    cap = _static_number("logits_soft_cap", cap, "it must be known when tracing")
+    if cap <= 0:
+        raise ValueError(f"logits_soft_cap={cap} must be positive")
+    return cap
+
+
+def _static_number(name: str, number: Any, advice: str) -> float:
+    if isinstance(number, jax.core.Tracer):
+        raise TypeError(f"{name} must be a Python number, got a traced array; {advice}")
+    is_scalar = isinstance(number, (np.ndarray, jax.Array)) and number.ndim == 0
+    if not (isinstance(number, numbers.Real) or is_scalar) or isinstance(number, bool):
+        raise TypeError(f"{name} must be a number, got {type(number).__name__}")
+    if not math.isfinite(float(number)):
+        raise ValueError(f"{name}={float(number)} must be finite")
+    return float(number)

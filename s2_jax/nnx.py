@@ -1,0 +1,218 @@
+"""S2-Attention as a `flax.nnx` module: projections, grouped heads, rotary embedding."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from s2_jax.attention import s2_attention
+from s2_jax.checks import check_implementation
+from s2_jax.patterns import Pattern
+from s2_jax.rope import check_rope, rotate_from
+
+
+def check_heads(
+    in_features: int,
+    num_heads: int,
+    pattern: Pattern,
+    *,
+    num_kv_heads: int | None,
+    head_dim: int | None,
+    rope_base: float | None,
+    use_bias: bool,
+    implementation: str | None,
+    head_axis: str | None,
+) -> tuple[int, int]:
+    """`(num_kv_heads, head_dim)` of a module with these settings, or an error that names one."""
+    if not isinstance(pattern, Pattern):
+        raise TypeError(
+            f"pattern must be a pattern such as s2_jax.local_stride(16, 8), "
+            f"got {type(pattern).__name__}"
+        )
+    if num_kv_heads is None:
+        num_kv_heads = num_heads
+    if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
+        raise ValueError(f"{num_heads=} must be a positive multiple of {num_kv_heads=}")
+    if head_dim is None:
+        if in_features % num_heads:
+            raise ValueError(f"{in_features=} must be divisible by {num_heads=}, or give head_dim")
+        head_dim = in_features // num_heads
+    if rope_base is not None:
+        check_rope(head_dim, rope_base)
+    if use_bias and head_axis is not None:
+        raise ValueError(
+            f"use_bias=True cannot be combined with {head_axis=}: "
+            "every shard would add the output bias"
+        )
+    check_implementation(implementation, None)
+    pattern.check(num_heads, num_kv_heads, 0, 0)
+    return num_kv_heads, head_dim
+
+
+def check_input(x: Array, context: Array | None, query_offset: Any, in_features: int) -> None:
+    """Raises ValueError where a module call makes no sense."""
+    for name, array in (("x", x), ("context", context)):
+        if array is not None and (array.ndim not in (2, 3) or array.shape[-1] != in_features):
+            raise ValueError(
+                f"{name} must be [batch, length, {in_features}] or the same without batch, "
+                f"got shape {array.shape}"
+            )
+    at_start = isinstance(query_offset, numbers.Integral) and query_offset == 0
+    if context is None and not at_start:
+        raise ValueError(
+            "query_offset needs context: keys start at position 0, so that x at a later "
+            "position needs the row from there on"
+        )
+
+
+class S2Attention(nnx.Module):
+    """Self-attention in which every head sees its own blocks of the context.
+
+    Parameters: `query`, `key` and `value` project to `[heads, head_dim]`, `out` back; all are
+    `nnx.LinearGeneral`, named and shaped as in `nnx.MultiHeadAttention`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_heads: int,
+        pattern: Pattern,
+        *,
+        num_kv_heads: int | None = None,
+        head_dim: int | None = None,
+        rope_base: float | None = None,
+        use_bias: bool = False,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        implementation: str | None = None,
+        head_axis: str | None = None,
+        rngs: nnx.Rngs,
+    ):
+        """
+        Args:
+          in_features: width of the input and of the output.
+          num_heads: query heads, of the whole (also where `head_axis` splits them).
+          pattern: what each head sees.
+          num_kv_heads: key/value heads, a divisor of `num_heads`, which is the default.
+          head_dim: by default `in_features // num_heads`.
+          rope_base: base of the rotary embedding (Llama: 10 000); None means none.
+          use_bias: biases in all four projections.
+          dtype: of the computation; by default that of the input and the parameters together.
+          param_dtype: of the parameters.
+          implementation: as for `s2_attention`.
+          head_axis: the mesh axis over which the head dimension of all four kernels is split
+            inside `shard_map` or `pmap`; the outputs are then summed over it.
+          rngs: `params` initialises the kernels.
+
+        Raises:
+          ValueError, TypeError: numbers that do not fit each other or the pattern, named.
+        """
+        self.num_kv_heads, self.head_dim = check_heads(
+            in_features,
+            num_heads,
+            pattern,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            rope_base=rope_base,
+            use_bias=use_bias,
+            implementation=implementation,
+            head_axis=head_axis,
+        )
+        self.in_features = in_features
+        self.num_heads = num_heads
+        self.pattern = pattern
+        self.rope_base = rope_base
+        self.implementation = implementation
+        self.head_axis = head_axis
+
+        def linear(inputs: Any, outputs: Any, axis: Any = -1) -> nnx.LinearGeneral:
+            return nnx.LinearGeneral(
+                inputs,
+                outputs,
+                axis=axis,
+                use_bias=use_bias,
+                dtype=dtype,
+                param_dtype=param_dtype,
+                rngs=rngs,
+            )
+
+        self.query = linear(in_features, (num_heads, self.head_dim))
+        self.key = linear(in_features, (self.num_kv_heads, self.head_dim))
+        self.value = linear(in_features, (self.num_kv_heads, self.head_dim))
+        self.out = linear((num_heads, self.head_dim), in_features, axis=(-2, -1))
+
+    def __call__(
+        self,
+        x: Float[Array, "*batch length in_features"],
+        context: Float[Array, "*batch kv_length in_features"] | None = None,
+        *,
+        query_offset: Any = 0,
+        segment_ids: Int[Array, "*batch length"] | None = None,
+        kv_segment_ids: Int[Array, "*batch kv_length"] | None = None,
+    ) -> Float[Array, "*batch length in_features"]:
+        """Attends from `x` to `context`, by default `x` itself.
+
+        Args:
+          x: the tokens that ask, at positions `query_offset + arange(length)`.
+          context: the row from position 0 that `x` is a part of; needed where `query_offset`
+            is not 0.
+          query_offset: an int, or int32 `[]` or `[batch]`, possibly traced.
+          segment_ids: integers; tokens see those with an equal number.
+          kv_segment_ids: the same for `context`; by default `segment_ids`.
+
+        Raises:
+          ValueError, TypeError: shapes that do not fit, or an offset without a context.
+        """
+        check_input(x, context, query_offset, self.in_features)
+        query = self.project_query(x, query_offset)
+        key, value = self.project_key_value(x if context is None else context)
+        return self.attend(
+            query,
+            key,
+            value,
+            query_offset=query_offset,
+            segment_ids=segment_ids,
+            kv_segment_ids=kv_segment_ids,
+        )
+
+    # The three steps of a call, for those who keep keys and values in a cache.
+
+    def project_query(
+        self, x: Float[Array, "*batch length in_features"], query_offset: Any = 0
+    ) -> Float[Array, "*batch length heads head_dim"]:
+        """Queries of `x`, rotated for positions from `query_offset`."""
+        return rotate_from(self.query(x), query_offset, self.rope_base)
+
+    def project_key_value(
+        self, x: Float[Array, "*batch length in_features"], offset: Any = 0
+    ) -> tuple[
+        Float[Array, "*batch length kv_heads head_dim"],
+        Float[Array, "*batch length kv_heads head_dim"],
+    ]:
+        """Keys and values of `x`; the keys rotated for positions from `offset`."""
+        return rotate_from(self.key(x), offset, self.rope_base), self.value(x)
+
+    def attend(
+        self,
+        query: Float[Array, "*batch length heads head_dim"],
+        key: Float[Array, "*batch kv_length kv_heads head_dim"],
+        value: Float[Array, "*batch kv_length kv_heads head_dim"],
+        **options: Any,
+    ) -> Float[Array, "*batch length in_features"]:
+        """Attention and the output projection; `options` are those of `s2_attention`."""
+        attended = s2_attention(
+            query,
+            key,
+            value,
+            self.pattern,
+            implementation=self.implementation,
+            head_axis=self.head_axis,
+            **options,
+        )
+        out = self.out(attended)
+        return out if self.head_axis is None else jax.lax.psum(out, self.head_axis)
