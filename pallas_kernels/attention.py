@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels.backward import backward
 from pallas_kernels.call import Settings
 from pallas_kernels.forward import forward
+from pallas_kernels.softmax import LOG2_E
 
 Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], Any]
 
@@ -33,6 +34,8 @@ class Portable:
 
 
 def _forward(static: Portable, *args: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Output and LSE in log2."""
+
     def kernels(*args: jax.Array) -> tuple[jax.Array, jax.Array]:
         query, key, value, head_index, offset = args
         numbers = jnp.asarray(static.pattern_of_head, jnp.int32)[head_index]
@@ -40,14 +43,20 @@ def _forward(static: Portable, *args: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     if static.fallback is None:
         return kernels(*args)
-    return lax.platform_dependent(*args, cuda=kernels, default=static.fallback)
+    fallback = static.fallback
+
+    def elsewhere(*args: jax.Array) -> tuple[jax.Array, jax.Array]:
+        out, lse = fallback(*args)
+        return out, lse * LOG2_E
+
+    return lax.platform_dependent(*args, cuda=kernels, default=elsewhere)
 
 
 def _forward_rule(static: Portable, *args: jax.Array) -> Any:
     out, lse = _forward(static, *args)
     out = checkpoint_name(out, "s2_attention_out")
     lse = checkpoint_name(lse, "s2_attention_lse")
-    return (out, lse), (args, out, lse)
+    return (out, lse / LOG2_E), (args, out, lse)
 
 
 def _backward_rule(static: Portable, residuals: Any, grads: tuple[jax.Array, jax.Array]) -> Any:
@@ -76,7 +85,8 @@ def _backward_rule(static: Portable, residuals: Any, grads: tuple[jax.Array, jax
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attention(static: Portable, *args: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return _forward(static, *args)
+    out, lse = _forward(static, *args)
+    return out, lse / LOG2_E
 
 
 _attention.defvjp(_forward_rule, _backward_rule)

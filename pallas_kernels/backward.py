@@ -15,14 +15,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.call import (
+    Grid,
     ListRefs,
     Operands,
     Settings,
-    head_spec,
     num_query_tiles,
     padded_dim,
     query_rows,
-    scalars_spec,
     whole,
 )
 from pallas_kernels.lowering import call_kernel
@@ -31,20 +30,20 @@ from pallas_kernels.softmax import LOG2_E, dot, partial_mask
 from pallas_kernels.walk import ListMeta, walk_partial, walk_runs
 
 
-def s2_dq_kernel(*refs: Any, settings: Settings, meta: ListMeta, num_ranks: int) -> None:
+def s2_dq_kernel(*refs: Any, settings: Settings, meta: ListMeta, grid: Grid) -> None:
     q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref = refs[:6]
     dq_ref = refs[-1]
-    head, rank, batch = (pl.program_id(axis) for axis in range(3))
+    head, rank, batch = grid.program()
     lists = ListRefs(refs[6 : 6 + Operands.SIZE], meta, settings, batch)
     tile = settings.tiles.dq
     q_len, kv_len = q_ref.shape[0], k_ref.shape[0]
     dim, value_dim = padded_dim(q_ref.shape[1]), padded_dim(v_ref.shape[1])
     row, q_positions, q_rows, exists = query_rows(
-        settings, lists, head, rank, num_ranks, tile.block_q, q_len
+        settings, lists, head, rank, grid, tile.block_q, q_len
     )
     query = load_rows(q_ref, q_rows, dim, exists)
     grad_out = load_rows(do_ref, q_rows, value_dim, exists)
-    lse = load_scalars(lse_ref, q_rows, exists, float("inf")) * LOG2_E
+    lse = load_scalars(lse_ref, q_rows, exists, float("inf"))
     delta = load_scalars(delta_ref, q_rows, exists, 0.0)
 
     def accumulate(dq: jax.Array, positions: jax.Array, bits: jax.Array | None) -> jax.Array:
@@ -71,18 +70,19 @@ def s2_dq_kernel(*refs: Any, settings: Settings, meta: ListMeta, num_ranks: int)
     store_rows(dq_ref, q_rows, dq * settings.scale, exists)
 
 
-def s2_dkv_kernel(*refs: Any, settings: Settings, meta: ListMeta, group: int) -> None:
+def s2_dkv_kernel(*refs: Any, settings: Settings, meta: ListMeta, grid: Grid, group: int) -> None:
     q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref = refs[:6]
     dk_ref, dv_ref = refs[-2:]
-    kv_head, rank, batch = (pl.program_id(axis) for axis in range(3))
+    kv_head, rank, batch = grid.program()
     lists = ListRefs(refs[6 : 6 + Operands.SIZE], meta, settings, batch)
     tile = settings.tiles.dkv
     q_len, kv_len = q_ref.shape[0], k_ref.shape[0]
     dim, value_dim = padded_dim(k_ref.shape[1]), padded_dim(v_ref.shape[1])
     offset = lists.offset()
     first_head = kv_head * group
-    listed = lists.ranked_tile(first_head, rank)
-    kv_positions = listed * tile.block_kv + lax.iota(jnp.int32, tile.block_kv)
+    kv_positions = lists.tile_at(first_head, rank) * tile.block_kv + lax.iota(
+        jnp.int32, tile.block_kv
+    )
     exists = None if kv_len % tile.block_kv == 0 else kv_positions < kv_len
     kv_rows = kv_positions if exists is None else jnp.where(exists, kv_positions, kv_len)
     key = load_rows(k_ref, kv_rows, dim, exists)
@@ -102,7 +102,7 @@ def s2_dkv_kernel(*refs: Any, settings: Settings, meta: ListMeta, group: int) ->
             inside = (rows >= 0) & (rows < q_len)
             rows = jnp.where(inside, rows, q_len)
         query = load_rows(q_ref, rows, dim, inside, member)
-        lse = load_scalars(lse_ref, rows, inside, float("inf"), member) * LOG2_E
+        lse = load_scalars(lse_ref, rows, inside, float("inf"), member)
         scores = dot(key, query, transpose_b=True) * (settings.scale * LOG2_E)
         weights = jnp.exp2(scores - lse[None, :])
         mask = None
@@ -122,10 +122,8 @@ def s2_dkv_kernel(*refs: Any, settings: Settings, meta: ListMeta, group: int) ->
         dk += dot(grad_scores.astype(query.dtype), query)
         return dk, dv
 
-    def add_member(
-        member: Any, carry: tuple[jax.Array, jax.Array]
-    ) -> tuple[jax.Array, jax.Array]:
-        row = lists.row(first_head + member, listed)
+    def add_member(member: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        row = lists.row(first_head + member, rank)
         carry = walk_runs(
             lists.run_start, lists.runs, row, meta,
             lambda p, c: accumulate(member, c, p, None), carry, window=window, backwards=True,
@@ -152,6 +150,7 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of query, key and value.
 
+    lse: as the forward kernel gives it, in log2: a rounding less than from natural log.
     delta: float32 `[batch, heads, q_len]`, the sum of `grad_out * out` less the LSE's gradient.
     """
     arrays = (*inputs, grad_out, lse, delta)
@@ -168,25 +167,24 @@ def _dq(
     kv_len, kv_heads, value_dim = value.shape[1:]
     group = num_heads // kv_heads
     lists = settings.layouts.dq()
-    num_ranks = num_query_tiles(settings, lists, settings.tiles.dq.block_q, q_len)
+    rows = num_query_tiles(settings, lists, settings.tiles.dq.block_q, q_len)
+    grid = Grid(num_heads, rows, batch, lists.heads_first)
     operands = Operands.of(lists, pattern_of_head, offset)
     [dq] = call_kernel(
-        functools.partial(
-            s2_dq_kernel, settings=settings, meta=ListMeta.of(lists), num_ranks=num_ranks
-        ),
+        functools.partial(s2_dq_kernel, settings=settings, meta=ListMeta.of(lists), grid=grid),
         (*arrays, *operands),
         name="s2_attention_dq",
-        grid=(num_heads, num_ranks, batch),
+        grid=grid.shape,
         in_specs=[
-            head_spec(q_len, head_dim),
-            head_spec(kv_len, head_dim, group),
-            head_spec(kv_len, value_dim, group),
-            head_spec(q_len, value_dim),
-            scalars_spec(q_len),
-            scalars_spec(q_len),
+            grid.by_head(q_len, head_dim),
+            grid.by_head(kv_len, head_dim, group),
+            grid.by_head(kv_len, value_dim, group),
+            grid.by_head(q_len, value_dim),
+            grid.scalars(q_len),
+            grid.scalars(q_len),
             *map(whole, operands),
         ],
-        out_specs=[head_spec(q_len, head_dim)],
+        out_specs=[grid.by_head(q_len, head_dim)],
         out_shape=[jax.ShapeDtypeStruct(query.shape, query.dtype)],
         tile=settings.tiles.dq,
         interpret=settings.interpret,
@@ -203,26 +201,24 @@ def _dkv(
     group = num_heads // kv_heads
     lists = settings.layouts.dkv()
     operands = Operands.of(lists, pattern_of_head, offset)
-
-    def members(dim: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, q_len, group, dim), lambda h, rank, b: (b, 0, h, 0))
-
-    member_scalars = pl.BlockSpec((None, group, q_len), lambda h, rank, b: (b, h, 0))
+    grid = Grid(kv_heads, lists.num_tiles, batch, lists.heads_first)
     dk, dv = call_kernel(
-        functools.partial(s2_dkv_kernel, settings=settings, meta=ListMeta.of(lists), group=group),
+        functools.partial(
+            s2_dkv_kernel, settings=settings, meta=ListMeta.of(lists), grid=grid, group=group
+        ),
         (*arrays, *operands),
         name="s2_attention_dkv",
-        grid=(kv_heads, lists.num_tiles, batch),
+        grid=grid.shape,
         in_specs=[
-            members(head_dim),
-            head_spec(kv_len, head_dim),
-            head_spec(kv_len, value_dim),
-            members(value_dim),
-            member_scalars,
-            member_scalars,
+            grid.by_group(q_len, head_dim, group),
+            grid.by_head(kv_len, head_dim),
+            grid.by_head(kv_len, value_dim),
+            grid.by_group(q_len, value_dim, group),
+            grid.group_scalars(q_len, group),
+            grid.group_scalars(q_len, group),
             *map(whole, operands),
         ],
-        out_specs=[head_spec(kv_len, head_dim), head_spec(kv_len, value_dim)],
+        out_specs=[grid.by_head(kv_len, head_dim), grid.by_head(kv_len, value_dim)],
         out_shape=[
             jax.ShapeDtypeStruct(key.shape, key.dtype),
             jax.ShapeDtypeStruct(value.shape, value.dtype),

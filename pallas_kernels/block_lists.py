@@ -23,21 +23,26 @@ MAX_COUNT = (1 << COUNT_BITS) - 1
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["order", "run_start", "runs", "partial_start", "partial"],
-    meta_fields=["num_tiles", "first_tile", "max_runs", "unit", "group", "rows"],
+    meta_fields=["num_tiles", "max_runs", "unit", "group", "rows", "heads_first"],
 )
 @dataclasses.dataclass(frozen=True)
 class BlockLists:
     """Lists for every fixed tile of every distinct head pattern, in compressed rows.
 
-    order: int32 [patterns, num_tiles]; tiles of a pattern, the longest first.
-    run_start: int32 [patterns * num_tiles + 1]; where a tile's runs start.
+    Rows stand in the order in which programs take them: the longest first, so that no long one
+    is left for the end, unless the call needs to find them by tile.
+
+    order: int32 [patterns, num_tiles]; which fixed tile each row is for.
+    run_start: int32 [patterns * num_tiles + 1]; where a row's runs start.
     runs: int32 [runs, 2]; first unit, then step << COUNT_BITS | count. A run has `count` tiles
       of `group` units, each unit `step` units after the one before.
-    partial_start: int32 [patterns * num_tiles + 1]; where a tile's partial units start.
+    partial_start: int32 [patterns * num_tiles + 1]; where a row's partial units start.
     partial: int32 [partial]; unit << rows | one bit for each part of the fixed tile.
-    num_tiles, first_tile: the lists cover fixed tiles first_tile .. first_tile + num_tiles - 1.
-    max_runs: most runs of any tile.
+    num_tiles: rows of a pattern.
+    max_runs: most runs of any row.
     unit: tokens in a unit. group: units in a walked tile. rows: parts of a fixed tile.
+    heads_first: programs side by side should take the same row of many heads, so that the long
+      rows of all heads come first; otherwise rows of one head, which share its keys in the cache.
     """
 
     order: Any
@@ -46,8 +51,8 @@ class BlockLists:
     partial_start: Any
     partial: Any
     num_tiles: int
-    first_tile: int
     max_runs: int
     unit: int
     group: int
     rows: int
+    heads_first: bool

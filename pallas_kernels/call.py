@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import jax
@@ -66,12 +67,54 @@ class ListRefs:
         static = self._settings.query_offset
         return self._offset[self._batch] if static is None else static
 
-    def ranked_tile(self, head: Any, rank: Any) -> jax.Array:
-        """The fixed tile that is `rank`-th longest for a head, counted from the first tile."""
+    def tile_at(self, head: Any, rank: Any) -> jax.Array:
+        """The fixed tile whose lists stand at place `rank` for a head."""
         return self.order[self._pattern_of_head[head], rank]
 
-    def row(self, head: Any, tile: Any) -> jax.Array:
-        return self._pattern_of_head[head] * self.meta.num_tiles + tile
+    def row(self, head: Any, rank: Any) -> jax.Array:
+        return self._pattern_of_head[head] * self.meta.num_tiles + rank
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """One program for each head, row of the lists and batch entry.
+
+    heads_first: programs that run side by side share a row instead of a head.
+    """
+
+    heads: int
+    rows: int
+    batch: int
+    heads_first: bool
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (*self._ordered(self.heads, self.rows), self.batch)
+
+    def program(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Head, rank of the row and batch entry of this program."""
+        return (*self._ordered(pl.program_id(0), pl.program_id(1)), pl.program_id(2))
+
+    def by_head(self, length: int, dim: int, group: int = 1) -> pl.BlockSpec:
+        """All of a head's rows of `[batch, length, heads, dim]`; `group` heads share one."""
+        return self._spec((None, length, None, dim), lambda h, b: (b, 0, lax.div(h, group), 0))
+
+    def by_group(self, length: int, dim: int, group: int) -> pl.BlockSpec:
+        """The same of the `group` heads that belong to this program's head."""
+        return self._spec((None, length, group, dim), lambda h, b: (b, 0, h, 0))
+
+    def scalars(self, length: int) -> pl.BlockSpec:
+        """A head's row of `[batch, heads, length]`."""
+        return self._spec((None, None, length), lambda h, b: (b, h, 0))
+
+    def group_scalars(self, length: int, group: int) -> pl.BlockSpec:
+        return self._spec((None, group, length), lambda h, b: (b, h, 0))
+
+    def _spec(self, shape: tuple[Any, ...], index: Callable[[Any, Any], Any]) -> pl.BlockSpec:
+        return pl.BlockSpec(shape, lambda i, j, b: index(self._ordered(i, j)[0], b))
+
+    def _ordered(self, a: Any, b: Any) -> tuple[Any, Any]:
+        return (a, b) if self.heads_first else (b, a)
 
 
 def padded_dim(dim: int) -> int:
@@ -80,41 +123,28 @@ def padded_dim(dim: int) -> int:
 
 
 def query_rows(
-    settings: Settings, refs: ListRefs, head: Any, rank: Any, num_ranks: int, block_q: int, q_len: int
+    settings: Settings, refs: ListRefs, head: Any, rank: Any, grid: Grid, block_q: int, q_len: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """List row, query positions [block_q], array rows and which of them exist (None: all)."""
     offset, meta = refs.offset(), refs.meta
     lane = lax.iota(jnp.int32, block_q)
     if settings.query_offset is None:
-        tile = lax.div(jnp.maximum(offset, 0), block_q) + (num_ranks - 1 - rank)
-        listed = jnp.clip(tile - meta.first_tile, 0, meta.num_tiles - 1)
+        tile = lax.div(jnp.maximum(offset, 0), block_q) + (grid.rows - 1 - rank)
+        rank = jnp.clip(tile, 0, meta.num_tiles - 1)
     else:
-        listed = refs.ranked_tile(head, rank)
-        tile = listed + meta.first_tile
+        tile = refs.tile_at(head, rank)
     positions = tile * block_q + lane
     rows = positions - offset
     exists = None
     if settings.query_offset is None or offset % block_q or q_len % block_q:
         exists = (rows >= 0) & (rows < q_len)
         rows = jnp.where(exists, rows, q_len)
-    return refs.row(head, listed), positions, rows, exists
+    return refs.row(head, rank), positions, rows, exists
 
 
 def num_query_tiles(settings: Settings, lists: BlockLists, block_q: int, q_len: int) -> int:
     """Programs along the queries: a traced offset may straddle one tile more."""
     return lists.num_tiles if settings.query_offset is not None else -(-q_len // block_q) + 1
-
-
-def head_spec(length: int, dim: int, group: int = 1) -> pl.BlockSpec:
-    """All rows of the head that serves program (head, rank, batch); `group` heads share one."""
-    return pl.BlockSpec(
-        (None, length, None, dim), lambda head, rank, batch: (batch, 0, lax.div(head, group), 0)
-    )
-
-
-def scalars_spec(length: int) -> pl.BlockSpec:
-    """The same for `[batch, heads, length]`."""
-    return pl.BlockSpec((None, None, length), lambda head, rank, batch: (batch, head, 0))
 
 
 def whole(array: Any) -> pl.BlockSpec:

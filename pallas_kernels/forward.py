@@ -14,14 +14,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from pallas_kernels.call import (
+    Grid,
     ListRefs,
     Operands,
     Settings,
-    head_spec,
     num_query_tiles,
     padded_dim,
     query_rows,
-    scalars_spec,
     whole,
 )
 from pallas_kernels.lowering import call_kernel
@@ -30,30 +29,31 @@ from pallas_kernels.softmax import LOG2_E, Softmax, dot, partial_mask
 from pallas_kernels.walk import ListMeta, walk_partial, walk_runs
 
 
-def s2_forward_kernel(*refs: Any, settings: Settings, meta: ListMeta, num_ranks: int) -> None:
+def s2_forward_kernel(*refs: Any, settings: Settings, meta: ListMeta, grid: Grid) -> None:
     q_ref, k_ref, v_ref = refs[:3]
     o_ref, lse_ref = refs[-2:]
-    head, rank, batch = (pl.program_id(axis) for axis in range(3))
+    head, rank, batch = grid.program()
     lists = ListRefs(refs[3 : 3 + Operands.SIZE], meta, settings, batch)
     tile = settings.tiles.forward
     q_len, kv_len = q_ref.shape[0], k_ref.shape[0]
     dim, value_dim = padded_dim(q_ref.shape[1]), padded_dim(v_ref.shape[1])
     row, q_positions, q_rows, exists = query_rows(
-        settings, lists, head, rank, num_ranks, tile.block_q, q_len
+        settings, lists, head, rank, grid, tile.block_q, q_len
     )
     query = load_rows(q_ref, q_rows, dim, exists)
+    log2_scale = settings.scale * LOG2_E
 
     def attend(carry: Softmax, positions: jax.Array, bits: jax.Array | None) -> Softmax:
         inside = None if bits is None else positions < kv_len
         key = load_rows(k_ref, positions, dim, inside)
-        scores = dot(query, key, transpose_b=True) * (settings.scale * LOG2_E)
+        scores = dot(query, key, transpose_b=True)
         if bits is not None:
             mask = partial_mask(
                 0, min(tile.block_q, settings.block_size), meta.rows, bits, q_positions, positions,
                 causal=settings.causal, limits=(0, kv_len),
             )  # fmt: skip
             scores = jnp.where(mask, scores, -jnp.inf)
-        return carry.step(scores, load_rows(v_ref, positions, value_dim, inside))
+        return carry.step(scores, load_rows(v_ref, positions, value_dim, inside), log2_scale)
 
     carry = Softmax.start(tile.block_q, value_dim)
     carry = walk_runs(
@@ -62,7 +62,7 @@ def s2_forward_kernel(*refs: Any, settings: Settings, meta: ListMeta, num_ranks:
     carry = walk_partial(
         lists.partial_start, lists.partial, row, meta, lambda p, b, c: attend(c, p, b), carry
     )
-    out, lse = carry.finish()
+    out, lse = carry.finish(log2_scale)
     if settings.query_offset is None:
         defined = (q_positions >= 0) & (q_positions < settings.q_limit)
         out = jnp.where(defined[:, None], out, jnp.nan)
@@ -79,29 +79,28 @@ def forward(
     pattern_of_head: jax.Array,
     offset: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Output `[batch, q_len, heads, value_dim]` and LSE `[batch, heads, q_len]`."""
+    """Output `[batch, q_len, heads, value_dim]` and LSE, in log2, `[batch, heads, q_len]`."""
     batch, q_len, num_heads, head_dim = query.shape
     kv_len, kv_heads, value_dim = value.shape[1:]
     group = num_heads // kv_heads
     lists = settings.layouts.forward()
-    num_ranks = num_query_tiles(settings, lists, settings.tiles.forward.block_q, q_len)
+    rows = num_query_tiles(settings, lists, settings.tiles.forward.block_q, q_len)
+    grid = Grid(num_heads, rows, batch, lists.heads_first)
     operands = Operands.of(lists, pattern_of_head, offset)
     out, lse = call_kernel(
-        functools.partial(
-            s2_forward_kernel, settings=settings, meta=ListMeta.of(lists), num_ranks=num_ranks
-        ),
+        functools.partial(s2_forward_kernel, settings=settings, meta=ListMeta.of(lists), grid=grid),
         (query, key, value, *operands),
         name="s2_attention_forward",
-        grid=(num_heads, num_ranks, batch),
+        grid=grid.shape,
         in_specs=[
-            head_spec(q_len, head_dim),
-            head_spec(kv_len, head_dim, group),
-            head_spec(kv_len, value_dim, group),
+            grid.by_head(q_len, head_dim),
+            grid.by_head(kv_len, head_dim, group),
+            grid.by_head(kv_len, value_dim, group),
             *map(whole, operands),
         ],
         out_specs=[
-            head_spec(q_len, value_dim),
-            scalars_spec(q_len),
+            grid.by_head(q_len, value_dim),
+            grid.scalars(q_len),
         ],
         out_shape=[
             jax.ShapeDtypeStruct((batch, q_len, num_heads, value_dim), query.dtype),

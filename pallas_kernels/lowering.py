@@ -20,7 +20,14 @@ warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecat
 
 OLDEST_COMPUTE_CAPABILITY = 80
 
-_ABSTRACT_KINDS = (("B200", 100), ("H100", 90), ("H200", 90), ("L4", 89), ("A10G", 86), ("A100", 80))
+_ABSTRACT_KINDS = (
+    ("B200", 100),
+    ("H100", 90),
+    ("H200", 90),
+    ("L4", 89),
+    ("A10G", 86),
+    ("A100", 80),
+)
 
 
 def target_platform() -> str:

@@ -1,6 +1,7 @@
 """The online-softmax step and the mask of partial tiles, written once for all kernels.
 
-Scores are in units of log2: they are multiplied by `scale * log2(e)` once, so that exp2 serves.
+Scores stay as the matrix product leaves them; `log2_scale`, that is scale * log2(e) > 0, enters
+with the maximum in one multiply-add before exp2.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ LOWEST = -1e30
 
 
 class Softmax(NamedTuple):
-    """Running output [rows, dim], maximum [rows] and sum [rows], all float32."""
+    """Running output [rows, dim], largest raw score [rows] and sum [rows], all float32."""
 
     out: jax.Array
     peak: jax.Array
@@ -30,21 +31,21 @@ class Softmax(NamedTuple):
         zeros = jnp.zeros((rows,), jnp.float32)
         return cls(jnp.zeros((rows, dim), jnp.float32), zeros + LOWEST, zeros)
 
-    def step(self, scores: jax.Array, value: jax.Array) -> Softmax:
-        """Takes in scores [rows, keys], -inf where masked, and their values [keys, dim]."""
+    def step(self, scores: jax.Array, value: jax.Array, log2_scale: float) -> Softmax:
+        """Takes in raw scores [rows, keys], -inf where masked, and their values [keys, dim]."""
         peak = jnp.maximum(self.peak, jnp.max(scores, axis=1))
-        weights = jnp.exp2(scores - peak[:, None])
-        decay = jnp.exp2(self.peak - peak)
+        weights = jnp.exp2(scores * log2_scale - (peak * log2_scale)[:, None])
+        decay = jnp.exp2((self.peak - peak) * log2_scale)
         total = self.total * decay + jnp.sum(weights, axis=1)
         out = self.out * decay[:, None] + dot(weights.astype(value.dtype), value)
         return Softmax(out, peak, total)
 
-    def finish(self) -> tuple[jax.Array, jax.Array]:
-        """Output, and LSE in natural log: zeros and -inf in rows that saw nothing."""
+    def finish(self, log2_scale: float) -> tuple[jax.Array, jax.Array]:
+        """Output, and LSE in log2: zeros and -inf in rows that saw nothing."""
         seen = self.total > 0
         total = jnp.where(seen, self.total, 1.0)
-        lse = jnp.where(seen, (self.peak + jnp.log2(total)) * (1 / LOG2_E), -jnp.inf)
-        return self.out / total[:, None], lse
+        lse = self.peak * log2_scale + jnp.log2(total)
+        return self.out / total[:, None], jnp.where(seen, lse, -jnp.inf)
 
 
 def partial_mask(

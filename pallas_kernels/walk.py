@@ -26,7 +26,6 @@ class ListMeta:
     """The static part of `BlockLists`, for a kernel; `tile` is tokens in a walked tile."""
 
     num_tiles: int
-    first_tile: int
     max_runs: int
     unit: int
     group: int

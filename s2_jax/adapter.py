@@ -8,6 +8,7 @@ here, and one that S2-Attention cannot honour is refused.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -107,17 +108,21 @@ class AttentionFn:
         if dtype is None:
             dtype = jnp.result_type(query, key, value)
         batch = query.shape[:-3]
-        arrays = []
         for name, array in (("query", query), ("key", key), ("value", value)):
             if array.ndim < 3 or array.shape[:-3] != batch:
                 raise ValueError(
                     f"{name} must be [*batch, length, heads, head_dim] with the batch of query, "
                     f"got shapes {query.shape}, {key.shape} and {value.shape}"
                 )
+
+        def one_batch_axis(array: Any) -> Array:
             array = jnp.asarray(array, dtype)
-            arrays.append(array.reshape(-1, *array.shape[-3:]) if len(batch) > 1 else array)
+            return array.reshape(math.prod(batch), *array.shape[-3:]) if len(batch) > 1 else array
+
         out = s2_attention(
-            *arrays,
+            one_batch_axis(query),
+            one_batch_axis(key),
+            one_batch_axis(value),
             self.pattern,
             scale=self.scale,
             logits_soft_cap=self.logits_soft_cap,

@@ -121,7 +121,7 @@ class Reference:
             query, key, value, self.pattern, Heads(head_index, self.num_heads, self.num_kv_heads),
             Tokens(offset, *masks), scale=self.scale, logits_soft_cap=self.logits_soft_cap,
         )  # fmt: skip
-        position = offset[:, None] + jnp.arange(query.shape[1], dtype=jnp.int32)
+        position = offset[:, None] + jnp.arange(query.shape[1], dtype=jnp.int32)[None]
         defined = (position >= 0) & (position < self.q_limit)
         out = jnp.where(defined[:, :, None, None], out, jnp.nan)
         return out, jnp.where(defined[:, None, :], lse, jnp.nan)
@@ -162,12 +162,17 @@ def _kernels(
         )
     offset = call.query_offset if isinstance(call.query_offset, int) else None
     layouts = PatternLayouts(
-        call.pattern, call.num_heads, call.num_kv_heads, offset or 0, call.q_limit, kv_len, tiles
-    )
+        call.pattern, call.num_heads, call.num_kv_heads, offset or 0, call.q_limit, kv_len, tiles,
+        traced_offset=offset is None,
+    )  # fmt: skip
+    # Kernels want a positive scale, under which the largest raw score stays the largest.
+    scale = abs(call.scale) or 1.0
+    if call.scale <= 0:
+        call = dataclasses.replace(call, query=call.query * (-1 if call.scale else 0))
     settings = Settings(
         layouts=layouts,
         tiles=tiles,
-        scale=call.scale,
+        scale=scale,
         causal=call.pattern.causal,
         block_size=call.pattern.block_size,
         query_offset=offset,
@@ -175,13 +180,15 @@ def _kernels(
         interpret=implementation == "interpret",
     )
     keys = call.pattern.head_keys(call.num_heads, call.num_kv_heads)
-    fallback = Reference.of(call) if implementation is None else None
+    fallback = (
+        dataclasses.replace(Reference.of(call), scale=scale) if implementation is None else None
+    )
     static = Portable(settings, number_patterns(keys), fallback)
     return block_sparse_attention(static, *_operands(call)[:5])
 
 
 def _choose(call: Call, implementation: str | None) -> str:
-    """"kernels" or "reference"; raises where what was asked for cannot run."""
+    """ "kernels" or "reference"; raises where what was asked for cannot run."""
     if implementation == "reference":
         return "reference"
     missing = _missing_in_kernels(call)

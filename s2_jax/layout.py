@@ -22,6 +22,7 @@ from s2_jax.structure import Heads, Structure
 
 _EVALUATED_AT_ONCE = 1 << 22
 _FEW_UNITS = 64
+_PROGRAMS_AT_ONCE = 264  # two on each multiprocessor of an H100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Geometry:
     """Lengths and tiles, in tokens. Queries are at `q_start <= position < q_stop`.
 
     fixed: the axis that a program owns a tile of; it walks along the other.
+    longest_first: order rows by work; otherwise by tile.
     """
 
     fixed: Literal["q", "kv"]
@@ -38,6 +40,7 @@ class Geometry:
     q_start: int
     q_stop: int
     kv_len: int
+    longest_first: bool = True
 
     @property
     def fixed_range(self) -> tuple[int, int]:
@@ -82,6 +85,7 @@ class PatternLayouts:
     q_stop: int
     kv_len: int
     tiles: TileConfig
+    traced_offset: bool = False
 
     def forward(self) -> BlockLists:
         return self._lists("q", self.tiles.forward)
@@ -94,9 +98,18 @@ class PatternLayouts:
 
     def _lists(self, fixed: Literal["q", "kv"], tile: Tile) -> BlockLists:
         sizes = (tile.block_q, tile.block_kv) if fixed == "q" else (tile.block_kv, tile.block_q)
+        if fixed == "q":  # a traced offset finds its rows by tile
+            longest_first = not self.traced_offset
+        else:  # a program takes the rows of all heads of a group, which must be the same tile
+            keys = self.pattern.head_keys(self.num_heads, self.num_kv_heads)
+            group = self.num_heads // self.num_kv_heads
+            longest_first = all(
+                len(set(keys[start : start + group])) == 1 for start in range(0, len(keys), group)
+            )
         geometry = Geometry(
-            fixed, *sizes, self.pattern.block_size, self.q_start, self.q_stop, self.kv_len
-        )
+            fixed, *sizes, self.pattern.block_size, self.q_start, self.q_stop, self.kv_len,
+            longest_first,
+        )  # fmt: skip
         return block_lists(self.pattern, self.num_heads, self.num_kv_heads, geometry)
 
 
@@ -118,7 +131,9 @@ def block_lists(
         )
     keys = pattern.head_keys(num_heads, num_kv_heads)
     per_pattern = [
-        _lists_of_head(pattern, Heads(np.asarray(keys.index(key)), num_heads, num_kv_heads), geometry)
+        _lists_of_head(
+            pattern, Heads(np.asarray(keys.index(key)), num_heads, num_kv_heads), geometry
+        )
         for key in dict.fromkeys(keys)
     ]
     lists = _pack(per_pattern, geometry)
@@ -132,12 +147,20 @@ def block_lists(
         partial_start=partial_start,
         partial=partial,
         num_tiles=len(geometry.tiles),
-        first_tile=geometry.tiles.start,
         max_runs=int(np.diff(run_start).max(initial=0)),
         unit=geometry.unit,
         group=geometry.walk_tile // geometry.unit,
         rows=geometry.rows,
+        heads_first=_long_rows_matter(run_start, runs, len(keys)),
     )
+
+
+def _long_rows_matter(run_start: np.ndarray, runs: np.ndarray, num_heads: int) -> bool:
+    """Whether the longest row is a large part of what a GPU's programs do one after another."""
+    row_work = np.add.reduceat(np.append(runs[:, 1] & MAX_COUNT, 0), run_start[:-1])
+    row_work[np.diff(run_start) == 0] = 0
+    one_after_another = row_work.mean() * (run_start.size - 1) * num_heads / _PROGRAMS_AT_ONCE
+    return bool(row_work.max(initial=0) > one_after_another / 4)
 
 
 @dataclasses.dataclass
@@ -336,34 +359,52 @@ def _join(chunks: list) -> _HeadLists:
 
 
 def _pack(heads: list[_HeadLists], geometry: Geometry) -> tuple[np.ndarray, ...]:
-    group, num_tiles = geometry.walk_tile // geometry.unit, len(geometry.tiles)
-    everyone = (1 << geometry.rows) - 1
     orders, run_counts, runs, partial_counts, partials = [], [], [], [], []
     for head in heads:
-        tile, (first, step, count) = head.run_tile, head.runs.T
-        left = count % group
-        rest = np.arange(left.sum()) - np.repeat(np.cumsum(left) - left, left)
-        spare = np.repeat(first + (count - left) * step, left) + rest * np.repeat(step, left)
-        partial_tile = np.concatenate([head.partial_tile, np.repeat(tile, left)])
-        unit = np.concatenate([head.partial[:, 0], spare])
-        bits = np.concatenate([head.partial[:, 1], np.full(spare.size, everyone)])
-        by_tile = np.lexsort((unit, partial_tile))
-        partials.append((unit << geometry.rows | bits)[by_tile])
-        partial_counts.append(np.bincount(partial_tile, minlength=num_tiles))
-        kept = count >= group
-        tile, first, step, count = tile[kept], first[kept], step[kept], count[kept] // group
-        runs.append(np.stack([first, step << COUNT_BITS | count], axis=-1))
-        run_counts.append(np.bincount(tile, minlength=num_tiles))
-        work = np.bincount(tile, weights=count, minlength=num_tiles)
-        work += -(-partial_counts[-1] // group)
-        backwards = np.argsort(-work[::-1], kind="stable")
-        orders.append(num_tiles - 1 - backwards)
+        order, *lists = _pack_head(head, geometry)
+        orders.append(order)
+        for whole, part in zip((run_counts, runs, partial_counts, partials), lists, strict=True):
+            whole.append(part)
     return (
-        np.array(orders, dtype=np.int32).reshape(len(heads), num_tiles),
+        np.array(orders, dtype=np.int32).reshape(len(heads), len(geometry.tiles)),
         _starts(run_counts),
         np.concatenate([*runs, np.zeros((1, 2))]).astype(np.int32),
         _starts(partial_counts),
         np.concatenate([*partials, np.zeros(1)]).astype(np.int32),
+    )
+
+
+def _pack_head(head: _HeadLists, geometry: Geometry) -> tuple[np.ndarray, ...]:
+    """Tile of each row, runs of each row, runs, partial units of each row, partial units."""
+    group, num_tiles = geometry.walk_tile // geometry.unit, len(geometry.tiles)
+    tile, (first, step, count) = head.run_tile, head.runs.T
+    # What is left of a run after whole tiles is walked with the partial units.
+    left = count % group
+    rest = np.arange(left.sum()) - np.repeat(np.cumsum(left) - left, left)
+    spare = np.repeat(first + (count - left) * step, left) + rest * np.repeat(step, left)
+    partial_tile = np.concatenate([head.partial_tile, np.repeat(tile, left)])
+    unit = np.concatenate([head.partial[:, 0], spare])
+    bits = np.concatenate([head.partial[:, 1], np.full(spare.size, (1 << geometry.rows) - 1)])
+    kept = count >= group
+    tile, first, step, count = tile[kept], first[kept], step[kept], count[kept] // group
+    runs = np.stack([first, step << COUNT_BITS | count], axis=-1)
+
+    run_count = np.bincount(tile, minlength=num_tiles)
+    partial_count = np.bincount(partial_tile, minlength=num_tiles)
+    order = np.arange(num_tiles)
+    if geometry.longest_first:
+        work = np.bincount(tile, weights=count, minlength=num_tiles) + -(-partial_count // group)
+        order = order[::-1][np.argsort(-work[::-1], kind="stable")]
+    row = np.empty(num_tiles, dtype=np.int64)
+    row[order] = np.arange(num_tiles)
+    run_order = np.argsort(row[tile], kind="stable")
+    partial_order = np.lexsort((unit, row[partial_tile]))
+    return (
+        order + geometry.tiles.start,
+        run_count[order],
+        runs[run_order],
+        partial_count[order],
+        (unit << geometry.rows | bits)[partial_order],
     )
 
 

@@ -89,9 +89,7 @@ class Pattern(abc.ABC):
             return structure
         return structure.merge(Structure(edges=frozenset({0})))
 
-    def check(
-        self, num_heads: int, num_kv_heads: int, q_blocks: int, kv_blocks: int
-    ) -> None:
+    def check(self, num_heads: int, num_kv_heads: int, q_blocks: int, kv_blocks: int) -> None:
         """Raises ValueError where the pattern does not fit these heads and blocks."""
         self._check(Heads(None, num_heads, num_kv_heads), q_blocks, kv_blocks)
 

@@ -97,12 +97,12 @@ def _draw_head(panel: Any, seen: np.ndarray, possible: np.ndarray, title: str) -
 def _draw_coverage(panel: Any, mask: np.ndarray, possible: np.ndarray) -> Any:
     from matplotlib.colors import LinearSegmentedColormap
 
-    colours = LinearSegmentedColormap.from_list("heads", [_FEW_HEADS, _ALL_HEADS])
-    colours = colours.with_extremes(under=_HIDDEN)
+    shades = LinearSegmentedColormap.from_list("heads", [_FEW_HEADS, _ALL_HEADS])
+    colours = shades.with_extremes(under=_HIDDEN)
     count = np.ma.masked_array(mask.sum(axis=0), mask=~possible)
     mesh = _mesh(panel, count, cmap=colours, vmin=1, vmax=max(len(mask), 2))
     heads = f"all {len(mask)} heads" if len(mask) > 1 else "the one head"
-    panel.set_title(f"{heads}\n{_share(mask.any(axis=0), possible)} of blocks", fontsize=8)
+    panel.set_title(f"{heads}\n{_share(np.any(mask, axis=0), possible)} of blocks", fontsize=8)
     return mesh
 
 

@@ -75,7 +75,7 @@ def _token_mask(
 ) -> Bool[Array, "batch heads chunk kv_len"]:
     head = jnp.asarray(heads.index, dtype=jnp.int32)[None, :, None, None]
     column = jnp.arange(kv_len, dtype=jnp.int32)
-    q_position = (tokens.query_offset[:, None] + row)[:, None, :, None]
+    q_position = (tokens.query_offset[:, None] + row[None])[:, None, :, None]
     indexed = Heads(head, heads.num_heads, heads.num_kv_heads)
     mask = pattern.visible_tokens(indexed, q_position, column[None, None, None, :])
     shape = (q_position.shape[0], head.shape[1], row.shape[0], kv_len)

@@ -28,7 +28,7 @@ def positions_from(query_offset: Any, length: int) -> Int[Array, "*batch length"
     Raises:
       TypeError: an offset that is neither.
     """
-    if isinstance(query_offset, numbers.Integral) and not isinstance(query_offset, bool):
+    if not isinstance(query_offset, bool) and isinstance(query_offset, numbers.Integral):
         query_offset = np.int32(query_offset)
     if getattr(query_offset, "dtype", None) != np.int32:
         kind = getattr(query_offset, "dtype", type(query_offset).__name__)

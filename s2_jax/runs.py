@@ -20,9 +20,7 @@ class RunBuilder:
         self._count = np.zeros(num_tiles, dtype=np.int64)
         self._done: list[tuple[np.ndarray, ...]] = []
 
-    def add(
-        self, tile: np.ndarray, first: np.ndarray, step: np.ndarray, count: np.ndarray
-    ) -> None:
+    def add(self, tile: np.ndarray, first: np.ndarray, step: np.ndarray, count: np.ndarray) -> None:
         """Adds one run to each of the distinct tiles `tile`; a single unit has count 1."""
         open_first, open_step = self._first[tile], self._step[tile]
         open_count = self._count[tile]

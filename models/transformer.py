@@ -1,0 +1,118 @@
+"""The model. Einsum letters: b batch, l length, d width, f MLP width, v vocabulary."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from models.config import ModelConfig
+from s2_jax import Pattern
+from s2_jax.nnx import S2Attention
+
+# Made once: a module keeps its initialiser, and two models are equal only if theirs are the same.
+_SMALL = nnx.initializers.normal(0.02)
+_KEEPS_VARIANCE = nnx.initializers.lecun_normal()
+
+
+class RMSNorm(nnx.Module):
+    """Divides by the root mean square over the features, in float32; returns `x`'s dtype."""
+
+    def __init__(self, width: int, *, epsilon: float = 1e-6) -> None:
+        self.epsilon = epsilon
+        self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
+
+    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
+        return (y * self.scale[...][None, None, :]).astype(x.dtype)
+
+
+class SwiGLU(nnx.Module):
+    """`down(silu(gate(x)) * up(x))`."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        self.gate = _linear(config, config.width, config.mlp_width, rngs)
+        self.up = _linear(config, config.width, config.mlp_width, rngs)
+        self.down = _linear(config, config.mlp_width, config.width, rngs)
+
+    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+        return self.down(nnx.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and MLP, each added to the residual stream."""
+
+    def __init__(self, config: ModelConfig, pattern: Pattern, *, rngs: nnx.Rngs) -> None:
+        self.attention_norm = RMSNorm(config.width)
+        self.attention = S2Attention(
+            config.width,
+            config.num_heads,
+            pattern,
+            num_kv_heads=config.num_kv_heads,
+            rope_base=config.rope_base,
+            dtype=jnp.dtype(config.dtype),
+            implementation=config.implementation,
+            rngs=rngs,
+        )
+        self.mlp_norm = RMSNorm(config.width)
+        self.mlp = SwiGLU(config, rngs=rngs)
+
+    def __call__(
+        self, x: Float[Array, "b l d"], segment_ids: Int[Array, "b l"] | None = None
+    ) -> Float[Array, "b l d"]:
+        x = x + self.attention(self.attention_norm(x), segment_ids=segment_ids)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Transformer(nnx.Module):
+    """Token ids to next-token logits.
+
+    Layer i attends by `config.patterns()[i]`. With `segment_ids`, tokens attend within their own
+    segment only; positions stay those of the row.
+    """
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+        self.dtype = jnp.dtype(config.dtype)
+        self.remat = config.remat
+        shape = (config.vocab_size, config.width)
+        self.embed = nnx.Param(_SMALL(rngs.params(), shape, jnp.float32))
+        self.blocks = nnx.List([Block(config, pattern, rngs=rngs) for pattern in config.patterns()])
+        self.norm = RMSNorm(config.width)
+        self.head = _linear(config, config.width, config.vocab_size, rngs, _SMALL)
+
+    def __call__(
+        self, tokens: Int[Array, "b l"], segment_ids: Int[Array, "b l"] | None = None
+    ) -> Float[Array, "b l v"]:
+        """Float32 logits; those at position t depend on the tokens up to t only."""
+        return self.from_embeddings(self.embeddings(tokens), segment_ids)
+
+    def embeddings(self, tokens: Int[Array, "b l"]) -> Float[Array, "b l d"]:
+        return jnp.take(self.embed[...], tokens, axis=0).astype(self.dtype)
+
+    def from_embeddings(
+        self, x: Float[Array, "b l d"], segment_ids: Int[Array, "b l"] | None = None
+    ) -> Float[Array, "b l v"]:
+        """What `__call__` does after the embedding; a gradient with respect to `x` exists."""
+        apply = nnx.remat(Block.__call__) if self.remat else Block.__call__
+        for block in self.blocks:
+            x = apply(block, x, segment_ids)
+        return self.head(self.norm(x)).astype(jnp.float32)
+
+
+def _linear(
+    config: ModelConfig,
+    inputs: int,
+    outputs: int,
+    rngs: nnx.Rngs,
+    kernel_init: nnx.Initializer = _KEEPS_VARIANCE,
+) -> nnx.Linear:
+    return nnx.Linear(
+        inputs,
+        outputs,
+        use_bias=False,
+        dtype=jnp.dtype(config.dtype),
+        kernel_init=kernel_init,
+        rngs=rngs,
+    )

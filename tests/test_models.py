@@ -1,0 +1,202 @@
+"""The model: what a layer sees, causality, precision, sampling, and settings that are refused."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+import s2_jax
+from models import HybridConfig, ModelConfig, Transformer, generate
+from models.presets import PRESETS
+
+HYBRID = HybridConfig(dense_first=1, dense_every=3, block_size=16, local_blocks=1, vert_stride=2)
+TINY = ModelConfig(
+    vocab_size=11,
+    num_layers=2,
+    width=12,
+    num_heads=6,
+    num_kv_heads=3,
+    mlp_width=7,
+    attention=HYBRID,
+)
+
+
+def make(config: ModelConfig = TINY) -> Transformer:
+    return Transformer(config, rngs=nnx.Rngs(0))
+
+
+def tokens(length: int, batch: int = 2) -> jax.Array:
+    return jax.random.randint(jax.random.key(1), (batch, length), 0, TINY.vocab_size)
+
+
+def influence(model: Transformer, length: int, **kwargs) -> np.ndarray:
+    """[t, s]: whether the logits at position t depend on the input at position s."""
+    graphdef, params = nnx.split(model, nnx.Param)
+
+    def summed(x):
+        logits = nnx.merge(graphdef, params).from_embeddings(x, **kwargs)[0]
+        return (logits * jnp.arange(1.0, 12.0)[None, :]).sum(axis=-1)
+
+    x = model.embeddings(tokens(length, batch=1)) * 50
+    return np.abs(np.asarray(jax.jit(jax.jacrev(summed))(x))[:, 0]).max(axis=-1) > 0
+
+
+def test_a_hybrid_has_one_pattern_per_layer():
+    dense = s2_jax.dense(block_size=16)
+    sparse = s2_jax.local_stride(1, 2, block_size=16)
+    config = dataclasses.replace(TINY, num_layers=7)
+    assert config.patterns() == (dense, sparse, dense, sparse, sparse, dense, sparse)
+
+
+def test_without_dense_layers_every_layer_is_sparse():
+    config = ModelConfig(num_layers=2, attention=HybridConfig(dense_first=0))
+    assert config.patterns() == (config.attention.sparse,) * 2
+
+
+def test_a_layer_skips_what_its_pattern_hides():
+    # Of 4 blocks, 10 pairs are causal; heads 0 and 2 see the columns 0, 2 and head 1 sees 1, 3,
+    # and all see the diagonal: 8 and 6 pairs.
+    dense, sparse = TINY.densities(64)
+    assert dense == 1
+    assert sparse == pytest.approx((8 + 6 + 8) / 30)
+
+
+def test_no_logit_depends_on_a_later_token():
+    length = 37
+    assert (influence(make(), length) == np.tri(length, dtype=bool)).all()
+
+
+def test_a_single_sparse_layer_sees_its_pattern_and_nothing_else():
+    attention = HybridConfig(dense_first=0, block_size=16, local_blocks=1, vert_stride=3)
+    config = dataclasses.replace(
+        TINY, num_layers=1, num_heads=2, num_kv_heads=1, attention=attention
+    )
+    blocks = np.array([
+        [1, 0, 0, 0],
+        [1, 1, 0, 0],
+        [1, 0, 1, 0],
+        [1, 0, 0, 1],
+    ])  # fmt: skip
+    expected = np.kron(blocks, np.ones((16, 16))).astype(bool) & np.tri(64, dtype=bool)
+    assert (influence(make(config), 64) == expected).all()
+
+
+def test_segments_do_not_see_each_other():
+    segment_ids = jnp.asarray([[0] * 5 + [1] * 8], jnp.int32)
+    same = np.equal.outer(segment_ids[0], segment_ids[0])
+    seen = influence(make(), 13, segment_ids=segment_ids)
+    assert (seen == (same & np.tri(13, dtype=bool))).all()
+
+
+def test_parameters_and_logits_are_float32_whatever_is_computed_in():
+    model = make(dataclasses.replace(TINY, dtype="bfloat16"))
+    assert {x.dtype for x in jax.tree.leaves(nnx.state(model, nnx.Param))} == {jnp.float32.dtype}
+    logits = nnx.jit(model)(tokens(17))
+    assert logits.dtype == jnp.float32
+    assert logits.shape == (2, 17, 11)
+    full = nnx.jit(make())(tokens(17))
+    assert 0 < float(jnp.abs(logits - full).max()) < 0.03
+
+
+def test_equal_configurations_make_equal_graphs_so_that_one_trace_serves():
+    first, second = (nnx.graphdef(make()) for _ in range(2))
+    assert first == second
+    assert hash(first) == hash(second)
+
+
+def test_recomputing_layers_changes_no_gradient():
+    def gradient(config):
+        graphdef, params = nnx.split(make(config), nnx.Param)
+
+        def loss(params):
+            return (nnx.merge(graphdef, params)(tokens(19)) ** 2).sum()
+
+        return jax.jit(jax.grad(loss))(params)
+
+    plain = jax.tree.leaves(gradient(TINY))
+    again = jax.tree.leaves(gradient(dataclasses.replace(TINY, remat=True)))
+    for a, b in zip(plain, again, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "parameters"), [("1.3b", 1.2e9), ("7b", 6.5e9)])
+def test_presets_have_the_size_of_their_name_without_the_vocabulary(name, parameters):
+    # One layer is as big as another.
+    one, two = (
+        sum(x.size for x in jax.tree.leaves(nnx.eval_shape(lambda c=config: make(c))))
+        for config in (dataclasses.replace(PRESETS[name], num_layers=layers) for layers in (1, 2))
+    )
+    assert (two - one) * PRESETS[name].num_layers == pytest.approx(parameters, rel=0.05)
+
+
+def test_greedy_generation_takes_the_likeliest_token_every_time():
+    model = make()
+    graphdef, params = nnx.split(model, nnx.Param)
+    window, row = 7, [3, 1, 4, 1, 5]
+    out = generate(
+        graphdef, params, row, jax.random.key(0), window=window, length=6, temperature=0.0
+    )
+    logits = nnx.jit(model)
+    for _ in range(6):
+        seen = row[-window:]
+        padded = jnp.asarray([seen + [0] * (window - len(seen))], jnp.int32)
+        row = [*row, int(logits(padded)[0, len(seen) - 1].argmax())]
+    assert out.tolist() == row
+
+
+def test_sampling_depends_on_the_key_alone():
+    graphdef, params = nnx.split(make(), nnx.Param)
+    first, again, other = (
+        generate(graphdef, params, [2], jax.random.key(seed), window=16, length=20).tolist()
+        for seed in (5, 5, 6)
+    )
+    assert first == again != other
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"prompt": []}, "at least one token"),
+        ({"window": 0}, "window=0"),
+        ({"length": 0}, "length=0"),
+        ({"temperature": -1.0}, "temperature=-1.0"),
+    ],
+)
+def test_generation_refuses(change, message):
+    graphdef, params = nnx.split(make(), nnx.Param)
+    call = {"prompt": [1], "window": 8, "length": 1} | change
+    with pytest.raises(ValueError, match=message):
+        generate(graphdef, params, call.pop("prompt"), jax.random.key(0), **call)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"num_layers": 0}, "num_layers=0 must be positive"),
+        ({"num_heads": 6, "num_kv_heads": 4}, "num_heads=6 must be a multiple of num_kv_heads=4"),
+        ({"width": 20}, "width=20 must be an even multiple of num_heads=6"),
+        ({"width": 18}, "width=18 must be an even multiple of num_heads=6"),
+        ({"rope_base": 1.0}, "rope_base=1.0"),
+    ],
+)
+def test_a_model_refuses(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(TINY, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dense_first": -1}, "dense_first=-1"),
+        ({"dense_every": -2}, "dense_every=-2"),
+        ({"block_size": 24}, "block_size"),
+        ({"local_blocks": 0}, "local_blocks"),
+        ({"vert_stride": 0}, "vert_stride"),
+    ],
+)
+def test_a_hybrid_refuses(change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(HYBRID, **change)

@@ -1,0 +1,55 @@
+"""`python -m train`: the command line."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+
+import tyro
+from rich.console import Console
+
+from models.presets import PRESETS
+from train.config import TrainConfig
+from train.loop import prepare, train
+
+
+def parse(arguments: list[str]) -> TrainConfig:
+    """`--preset` picks the model that the other options change.
+
+    Raises:
+        SystemExit: help was asked for, or an option is unknown or malformed.
+        ValueError: the settings contradict each other.
+    """
+    preset = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    preset.add_argument("--preset", choices=sorted(PRESETS), default="tiny")
+    chosen, others = preset.parse_known_args(arguments)
+    return tyro.cli(
+        TrainConfig,
+        prog="python -m train",
+        description=(
+            f"{TrainConfig.__doc__} --preset {{{','.join(PRESETS)}}} picks the model that the "
+            "--model options change (tiny by default)."
+        ),
+        args=others,
+        default=dataclasses.replace(TrainConfig(), model=PRESETS[chosen.preset]),
+    )
+
+
+def main() -> None:
+    console = Console()
+    try:
+        run = prepare(parse(sys.argv[1:]))
+    except ValueError as error:
+        errors = Console(stderr=True, soft_wrap=True)
+        errors.print(f"error: {error}", style="red", highlight=False, markup=False)
+        sys.exit(2)
+    try:
+        train(run, console)
+    except KeyboardInterrupt:
+        console.print(f"stopped; --resume --out {run.folder.root} continues", markup=False)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

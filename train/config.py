@@ -1,0 +1,139 @@
+"""What a training run is: frozen settings that check themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from models.config import ModelConfig
+from models.presets import PRESETS
+
+NUM_BYTES = 256
+
+
+def _check_positive(config: Any, *names: str) -> None:
+    for name in names:
+        if not (value := getattr(config, name)) > 0:
+            raise ValueError(f"{name}={value!r} must be positive")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with clipped gradients; the rate warms up linearly, then falls as a cosine."""
+
+    learning_rate: float = 3e-3
+    """The rate at its peak."""
+    warmup: float = 0.05
+    """Share of the steps that warm up."""
+    final: float = 0.1
+    """The last rate, as a share of the peak."""
+    weight_decay: float = 0.1
+    """Of all matrices; the norms' scales do not decay."""
+    clip: float = 1.0
+    """Largest global norm of a gradient."""
+    b1: float = 0.9
+    """Decay of the gradients' first moment."""
+    b2: float = 0.95
+    """Decay of the gradients' second moment."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "learning_rate", "clip")
+        for name in ("warmup", "final"):
+            if not 0 <= (value := getattr(self, name)) <= 1:
+                raise ValueError(f"{name}={value!r} must be a share, from 0 to 1")
+        for name in ("b1", "b2"):
+            if not 0 <= (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name}={value!r} must be from 0 to below 1")
+        if self.weight_decay < 0:
+            raise ValueError(f"weight_decay={self.weight_decay!r} must be 0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class ReportConfig:
+    """How often a run reports and saves, in steps, and what it shows."""
+
+    log_every: int = 10
+    """Write metrics and show progress."""
+    eval_every: int = 100
+    """Evaluate on the validation files; the last step always does."""
+    eval_batches: int = 16
+    """Batches of an evaluation, spread evenly over the validation files."""
+    checkpoint_every: int = 100
+    """Save a checkpoint; the last step always does."""
+    sample_bytes: int = 400
+    """Length of the text generated at the end."""
+    temperature: float = 0.8
+    """Of that text; 0 takes the likeliest byte every time."""
+
+    def __post_init__(self) -> None:
+        _check_positive(
+            self, "log_every", "eval_every", "eval_batches", "checkpoint_every", "sample_bytes"
+        )
+        if self.temperature < 0:
+            raise ValueError(f"temperature={self.temperature!r} must be 0 or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Train a decoder-only transformer with dense and S2 layers on text, byte by byte."""
+
+    data: Path | None = None
+    """Folder of text files; the source of Python's own standard library if left out."""
+    out: Path | None = None
+    """Run folder, which must be new; a folder under runs/ named by the time if left out."""
+    resume: bool = False
+    """Continue the run in --out from its last checkpoint, with the settings it was started with."""
+    parallel: Literal["jit", "pmap"] = "jit"
+    """One device by jit, or all local devices, each with its share of the batch, by pmap."""
+    steps: int = 1000
+    """Optimiser steps."""
+    batch_size: int = 16
+    """Rows per step, over all devices."""
+    seq_len: int = 512
+    """Bytes per row that are predicted."""
+    seed: int = 0
+    """Of the parameters, the order of the data and the sample."""
+    model: ModelConfig = PRESETS["tiny"]
+    """The model."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """The optimiser."""
+    report: ReportConfig = ReportConfig()
+    """Reports and checkpoints."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "steps", "batch_size", "seq_len")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed!r} must be 0 or more")
+        if self.model.vocab_size != NUM_BYTES:
+            raise ValueError(f"vocab_size={self.model.vocab_size!r} must be 256: tokens are bytes")
+        if self.resume and self.out is None:
+            raise ValueError("resume=True needs out, the run folder to continue")
+
+    def to_json(self) -> str:
+        """The settings that make the run what it is: all but its folder and `resume`."""
+        settings = dataclasses.asdict(self)
+        del settings["out"], settings["resume"]
+        if self.data is not None:
+            settings["data"] = str(self.data.resolve())
+        return json.dumps(settings, indent=2) + "\n"
+
+
+def differing_fields(a: str, b: str) -> list[str]:
+    """What two `to_json` texts disagree on: `"steps: 100 != 200"`, nested names dotted."""
+    left, right = dict(_flatten(json.loads(a))), dict(_flatten(json.loads(b)))
+    return [
+        f"{name}: {left.get(name)!r} != {right.get(name)!r}"
+        for name in sorted(left.keys() | right.keys())
+        if left.get(name) != right.get(name)
+    ]
+
+
+def _flatten(settings: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value

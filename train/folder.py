@@ -1,0 +1,84 @@
+"""The run folder: its files, and who may write into it."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import os
+from pathlib import Path
+
+from train.config import TrainConfig, differing_fields
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """Where a run keeps what it leaves behind."""
+
+    root: Path
+
+    def create(self, config: TrainConfig) -> None:
+        self.root.mkdir(parents=True, exist_ok=True)
+        write_text(self.config, config.to_json())
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def sample(self) -> Path:
+        return self.root / "sample.txt"
+
+    @property
+    def loss_curve(self) -> Path:
+        return self.root / "loss.png"
+
+    @property
+    def pattern(self) -> Path:
+        return self.root / "pattern.png"
+
+
+def check_folder(config: TrainConfig) -> RunFolder:
+    """The folder of the run, which nothing is written to yet.
+
+    Raises:
+        ValueError: it holds something and the run is new, or holds no run, or one with other
+            settings, and the run is to be resumed.
+    """
+    root = config.out
+    if root is None:
+        root = Path("runs") / datetime.datetime.now().strftime("%Y-%m-%d-%H%M%S")
+    folder = RunFolder(root)
+    if config.resume:
+        _check_same_run(folder, config)
+    elif root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise ValueError(
+            f"out={str(root)!r} exists and would be overwritten: name another folder, or continue "
+            "the run in it with resume=True (--resume)"
+        )
+    return folder
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replaces the file as a whole: a reader sees the old text or the new, never half of one."""
+    scratch = path.with_name(path.name + ".partial")
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def _check_same_run(folder: RunFolder, config: TrainConfig) -> None:
+    if not folder.config.is_file():
+        raise ValueError(f"out={str(folder.root)!r} holds no run to resume: no config.json in it")
+    differing = differing_fields(folder.config.read_text(encoding="utf-8"), config.to_json())
+    if differing:
+        raise ValueError(
+            "resume=True needs the settings that the run was started with; then != now: "
+            + "; ".join(differing)
+        )
