@@ -17,7 +17,7 @@ from pallas_kernels.call import Settings
 from pallas_kernels.forward import forward
 from pallas_kernels.softmax import LOG2_E
 
-Attention = Callable[[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array], Any]
+Attention = Callable[..., tuple[jax.Array, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import pallas as pl
 
 from pallas_kernels.call import (
     Grid,
@@ -133,7 +132,10 @@ def s2_dkv_kernel(*refs: Any, settings: Settings, meta: ListMeta, grid: Grid, gr
             lambda p, b, c: accumulate(member, c, p, b), carry,
         )  # fmt: skip
 
-    zeros = tuple(jnp.zeros((tile.block_kv, n), jnp.float32) for n in (dim, value_dim))
+    zeros = (
+        jnp.zeros((tile.block_kv, dim), jnp.float32),
+        jnp.zeros((tile.block_kv, value_dim), jnp.float32),
+    )
     dk, dv = add_member(0, zeros) if group == 1 else lax.fori_loop(0, group, add_member, zeros)
     store_rows(dk_ref, kv_rows, dk * settings.scale, exists)
     store_rows(dv_ref, kv_rows, dv, exists)
@@ -162,7 +164,7 @@ def backward(
 def _dq(
     settings: Settings, arrays: tuple[jax.Array, ...], pattern_of_head: jax.Array, offset: jax.Array
 ) -> jax.Array:
-    query, key, value = arrays[:3]
+    query, _, value = arrays[:3]
     batch, q_len, num_heads, head_dim = query.shape
     kv_len, kv_heads, value_dim = value.shape[1:]
     group = num_heads // kv_heads

@@ -129,7 +129,9 @@ def query_rows(
     offset, meta = refs.offset(), refs.meta
     lane = lax.iota(jnp.int32, block_q)
     if settings.query_offset is None:
-        tile = lax.div(jnp.maximum(offset, 0), block_q) + (grid.rows - 1 - rank)
+        # A shift rounds down: also a negative offset's rows are reached, and given NaN.
+        first = lax.shift_right_arithmetic(offset, block_q.bit_length() - 1)
+        tile = first + (grid.rows - 1 - rank)
         rank = jnp.clip(tile, 0, meta.num_tiles - 1)
     else:
         tile = refs.tile_at(head, rank)

@@ -38,8 +38,12 @@ class BlockMask(Pattern):
         if any(isinstance(i, jax.Array) for i in index):
             return jnp.asarray(self.mask)[index]
         # `_check` has seen to it that the call is covered; a tile may reach past it.
+        head, q_block, kv_block = map(np.asarray, index)
+        if head.ndim == 0 and q_block.ndim == 2 and q_block.shape[1] == kv_block.shape[0] == 1:
+            rows = self.mask[head].take(q_block[:, 0], axis=0, mode="clip")
+            return rows.take(kv_block[0], axis=1, mode="clip")
         last = (limit - 1 for limit in self.shape)
-        return self.mask[tuple(map(np.minimum, index, last))]
+        return self.mask[tuple(map(np.minimum, (head, q_block, kv_block), last))]
 
     def _structure(self) -> None:
         return None

@@ -153,7 +153,11 @@ def _check_arrays(query: Any, key: Any, value: Any) -> tuple[Any, Any, Any, bool
             f"query, key and value must have the same rank, "
             f"got shapes {query.shape}, {key.shape} and {value.shape}"
         )
-    if isinstance(query, np.ndarray) and query.dtype == np.float64 and not jax.config.x64_enabled:
+    if (
+        isinstance(query, np.ndarray)
+        and query.dtype == np.float64
+        and not jax.config.read("jax_enable_x64")
+    ):
         raise TypeError("query is float64, which JAX would cast to float32: enable jax_enable_x64")
     query, key, value = (jnp.asarray(array) for array in arrays.values())
     unbatched = query.ndim == 3
@@ -185,11 +189,9 @@ def _check_arrays(query: Any, key: Any, value: Any) -> tuple[Any, Any, Any, bool
 
 
 def _check_offset(offset: Any, batch: int, unbatched: bool) -> int | jax.Array:
-    if isinstance(offset, numbers.Integral) and not isinstance(offset, bool):
-        if offset < 0:
-            raise ValueError(f"query_offset={offset} must not be negative")
-        if offset >= 2**30:
-            raise ValueError(f"query_offset={offset} must be below 2**30")
+    if isinstance(offset, (int, np.integer)) and not isinstance(offset, bool):
+        if not 0 <= offset < 2**30:
+            raise ValueError(f"query_offset={offset} must not be negative, nor 2**30 or more")
         return int(offset)
     if not isinstance(offset, (np.ndarray, jax.Array)) or offset.dtype != jnp.int32:
         kind = getattr(offset, "dtype", type(offset).__name__)

@@ -2,76 +2,30 @@
 
 NumPy only, cached by value. A structured pattern is read interval by interval: between two edges
 of its rule it is periodic, so one period tells all. An arbitrary mask is read row by row, a
-bounded number of rows at a time. Either way runs are put together in `runs.py`.
+bounded number of rows at a time. Either way runs are put together in `runs.py` and packed in
+`packing.py`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Hashable, Iterator
 from typing import Literal
 
 import numpy as np
 
-from pallas_kernels.block_lists import COUNT_BITS, MAX_COUNT, MAX_STEP, BlockLists
+from pallas_kernels.block_lists import MAX_COUNT, MAX_STEP, BlockLists
 from pallas_kernels.tiles import Tile, TileConfig
+from s2_jax.geometry import Geometry
+from s2_jax.packing import HeadLists, pack
 from s2_jax.patterns import Pattern
 from s2_jax.runs import RunBuilder, periods
 from s2_jax.structure import Heads, Structure
 
 _EVALUATED_AT_ONCE = 1 << 22
 _FEW_UNITS = 64
-_PROGRAMS_AT_ONCE = 264  # two on each multiprocessor of an H100
-
-
-@dataclasses.dataclass(frozen=True)
-class Geometry:
-    """Lengths and tiles, in tokens. Queries are at `q_start <= position < q_stop`.
-
-    fixed: the axis that a program owns a tile of; it walks along the other.
-    longest_first: order rows by work; otherwise by tile.
-    """
-
-    fixed: Literal["q", "kv"]
-    fixed_tile: int
-    walk_tile: int
-    block_size: int
-    q_start: int
-    q_stop: int
-    kv_len: int
-    longest_first: bool = True
-
-    @property
-    def fixed_range(self) -> tuple[int, int]:
-        return (self.q_start, self.q_stop) if self.fixed == "q" else (0, self.kv_len)
-
-    @property
-    def walk_range(self) -> tuple[int, int]:
-        return (0, self.kv_len) if self.fixed == "q" else (self.q_start, self.q_stop)
-
-    @property
-    def unit(self) -> int:
-        return min(self.block_size, self.walk_tile)
-
-    @property
-    def part(self) -> int:
-        """Tokens in the part of a fixed tile that shares a pattern row."""
-        return min(self.block_size, self.fixed_tile)
-
-    @property
-    def rows(self) -> int:
-        return self.fixed_tile // self.part
-
-    @property
-    def tiles(self) -> range:
-        start, stop = self.fixed_range
-        return range(start // self.fixed_tile, -(-stop // self.fixed_tile))
-
-    @property
-    def units(self) -> range:
-        start, stop = self.walk_range
-        return range(start // self.unit, -(-stop // self.unit))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +62,7 @@ class PatternLayouts:
             )
         geometry = Geometry(
             fixed, *sizes, self.pattern.block_size, self.q_start, self.q_stop, self.kv_len,
-            longest_first,
+            longest_first, self.num_heads if fixed == "q" else self.num_kv_heads,
         )  # fmt: skip
         return block_lists(self.pattern, self.num_heads, self.num_kv_heads, geometry)
 
@@ -136,44 +90,10 @@ def block_lists(
         )
         for key in dict.fromkeys(keys)
     ]
-    lists = _pack(per_pattern, geometry)
-    for array in lists:
-        array.flags.writeable = False
-    order, run_start, runs, partial_start, partial = lists
-    return BlockLists(
-        order=order,
-        run_start=run_start,
-        runs=runs,
-        partial_start=partial_start,
-        partial=partial,
-        num_tiles=len(geometry.tiles),
-        max_runs=int(np.diff(run_start).max(initial=0)),
-        unit=geometry.unit,
-        group=geometry.walk_tile // geometry.unit,
-        rows=geometry.rows,
-        heads_first=_long_rows_matter(run_start, runs, len(keys)),
-    )
+    return pack(per_pattern, geometry)
 
 
-def _long_rows_matter(run_start: np.ndarray, runs: np.ndarray, num_heads: int) -> bool:
-    """Whether the longest row is a large part of what a GPU's programs do one after another."""
-    row_work = np.add.reduceat(np.append(runs[:, 1] & MAX_COUNT, 0), run_start[:-1])
-    row_work[np.diff(run_start) == 0] = 0
-    one_after_another = row_work.mean() * (run_start.size - 1) * num_heads / _PROGRAMS_AT_ONCE
-    return bool(row_work.max(initial=0) > one_after_another / 4)
-
-
-@dataclasses.dataclass
-class _HeadLists:
-    """Of one pattern; `*_tile` are indices into `geometry.tiles`, ascending."""
-
-    run_tile: np.ndarray
-    runs: np.ndarray  # [runs, 3]: first, step, count, in units
-    partial_tile: np.ndarray
-    partial: np.ndarray  # [partial, 2]: unit, bits
-
-
-def _lists_of_head(pattern: Pattern, heads: Heads, geometry: Geometry) -> _HeadLists:
+def _lists_of_head(pattern: Pattern, heads: Heads, geometry: Geometry) -> HeadLists:
     structure = pattern.structure()
     if structure is not None and len(geometry.units) > _FEW_UNITS:
         period = structure.kv_period if geometry.fixed == "q" else structure.q_period
@@ -183,7 +103,7 @@ def _lists_of_head(pattern: Pattern, heads: Heads, geometry: Geometry) -> _HeadL
     return _by_rows(pattern, heads, geometry)
 
 
-def _by_rows(pattern: Pattern, heads: Heads, geometry: Geometry) -> _HeadLists:
+def _by_rows(pattern: Pattern, heads: Heads, geometry: Geometry) -> HeadLists:
     """Looks at every unit of every tile."""
     num_units = len(geometry.units)
     at_once = max(1, _EVALUATED_AT_ONCE // max(1, num_units * geometry.rows))
@@ -208,7 +128,7 @@ def _by_rows(pattern: Pattern, heads: Heads, geometry: Geometry) -> _HeadLists:
 
 def _by_intervals(
     pattern: Pattern, heads: Heads, geometry: Geometry, structure: Structure, period: int
-) -> _HeadLists:
+) -> HeadLists:
     """Looks at one period in every interval between edges."""
     at_once = max(1, _EVALUATED_AT_ONCE // (period * geometry.rows))
     chunks = []
@@ -216,7 +136,7 @@ def _by_intervals(
         runs = RunBuilder(tiles.size)
         partial_tile, partial = [], []
         bounds = _bounds(structure, pattern.causal, geometry, tiles)
-        for start, stop in zip(bounds[:-1], bounds[1:], strict=True):
+        for start, stop in itertools.pairwise(bounds):
             length = stop - start
             for low, high in ((1, min(2, period)), (min(2, period) + 1, None)):
                 chosen = (length >= low) & (length <= high if high else True)
@@ -316,14 +236,14 @@ class _Seen:
         walk_start, walk_stop = geometry.walk_range
         block = units * geometry.unit // size
         full = np.ones(np.broadcast_shapes(starts.shape, units.shape), dtype=bool)
-        bits = np.zeros(full.shape, dtype=np.int64)
+        bits = np.zeros(full.shape, dtype=np.uint8)
         for row in range(geometry.rows):
             begin = starts + row * geometry.part
             q, kv = (begin // size, block) if geometry.fixed == "q" else (block, begin // size)
             counts = (begin < fixed_stop) & (begin + geometry.part > fixed_start)
             sees = pattern.visible(heads, q, kv)
             full &= sees | ~counts
-            bits |= (sees & counts).astype(np.int64) << row
+            bits |= np.where(sees & counts, np.uint8(1 << row), np.uint8(0))
         first, last = units * geometry.unit, (units + 1) * geometry.unit - 1
         full &= (first >= walk_start) & (last < walk_stop)
         reached = (last >= walk_start) & (first < walk_stop)
@@ -336,7 +256,7 @@ class _Seen:
             else:
                 full &= first >= high
                 reached = reached & (last >= low)
-        self.bits = np.where(reached, bits, 0)
+        self.bits = np.where(reached, bits, np.uint8(0))
         self.some = self.bits != 0
         self.full = full & self.some
 
@@ -346,67 +266,13 @@ def _chunks(tiles: range, size: int) -> Iterator[np.ndarray]:
         yield np.arange(start, min(start + size, tiles.stop))
 
 
-def _join(chunks: list) -> _HeadLists:
+def _join(chunks: list) -> HeadLists:
     runs = [(tile + base, run) for base, (tile, run), _, _ in chunks]
     partial = [(tile + base, entry) for base, _, tile, entry in chunks]
     none = np.zeros(0, dtype=np.int64)
-    return _HeadLists(
+    return HeadLists(
         np.concatenate([none, *(tile for tile, _ in runs)]),
         np.concatenate([none.reshape(0, 3), *(run for _, run in runs)]),
         np.concatenate([none, *(tile for tile, _ in partial)]),
         np.concatenate([none.reshape(0, 2), *(entry for _, entry in partial)]),
     )
-
-
-def _pack(heads: list[_HeadLists], geometry: Geometry) -> tuple[np.ndarray, ...]:
-    orders, run_counts, runs, partial_counts, partials = [], [], [], [], []
-    for head in heads:
-        order, *lists = _pack_head(head, geometry)
-        orders.append(order)
-        for whole, part in zip((run_counts, runs, partial_counts, partials), lists, strict=True):
-            whole.append(part)
-    return (
-        np.array(orders, dtype=np.int32).reshape(len(heads), len(geometry.tiles)),
-        _starts(run_counts),
-        np.concatenate([*runs, np.zeros((1, 2))]).astype(np.int32),
-        _starts(partial_counts),
-        np.concatenate([*partials, np.zeros(1)]).astype(np.int32),
-    )
-
-
-def _pack_head(head: _HeadLists, geometry: Geometry) -> tuple[np.ndarray, ...]:
-    """Tile of each row, runs of each row, runs, partial units of each row, partial units."""
-    group, num_tiles = geometry.walk_tile // geometry.unit, len(geometry.tiles)
-    tile, (first, step, count) = head.run_tile, head.runs.T
-    # What is left of a run after whole tiles is walked with the partial units.
-    left = count % group
-    rest = np.arange(left.sum()) - np.repeat(np.cumsum(left) - left, left)
-    spare = np.repeat(first + (count - left) * step, left) + rest * np.repeat(step, left)
-    partial_tile = np.concatenate([head.partial_tile, np.repeat(tile, left)])
-    unit = np.concatenate([head.partial[:, 0], spare])
-    bits = np.concatenate([head.partial[:, 1], np.full(spare.size, (1 << geometry.rows) - 1)])
-    kept = count >= group
-    tile, first, step, count = tile[kept], first[kept], step[kept], count[kept] // group
-    runs = np.stack([first, step << COUNT_BITS | count], axis=-1)
-
-    run_count = np.bincount(tile, minlength=num_tiles)
-    partial_count = np.bincount(partial_tile, minlength=num_tiles)
-    order = np.arange(num_tiles)
-    if geometry.longest_first:
-        work = np.bincount(tile, weights=count, minlength=num_tiles) + -(-partial_count // group)
-        order = order[::-1][np.argsort(-work[::-1], kind="stable")]
-    row = np.empty(num_tiles, dtype=np.int64)
-    row[order] = np.arange(num_tiles)
-    run_order = np.argsort(row[tile], kind="stable")
-    partial_order = np.lexsort((unit, row[partial_tile]))
-    return (
-        order + geometry.tiles.start,
-        run_count[order],
-        runs[run_order],
-        partial_count[order],
-        (unit << geometry.rows | bits)[partial_order],
-    )
-
-
-def _starts(counts: list[np.ndarray]) -> np.ndarray:
-    return np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int32)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from s2_jax.structure import Heads
+from s2_jax.structure import Heads, at_least_one, integer
 
 if TYPE_CHECKING:
     from s2_jax.patterns import Pattern
@@ -21,6 +21,9 @@ _BLOCKS_AT_ONCE = 1 << 24
 def block_mask_at(
     pattern: Pattern, num_heads: int, q_blocks: int, kv_blocks: int, num_kv_heads: int | None
 ) -> np.ndarray:
+    for name, blocks in (("q_blocks", q_blocks), ("kv_blocks", kv_blocks)):
+        if integer(name, blocks) < 0:
+            raise ValueError(f"{name}={blocks} must not be negative")
     mask = np.empty((num_heads, q_blocks, kv_blocks), dtype=bool)
     groups = _unique_heads(pattern, num_heads, num_kv_heads, q_blocks, kv_blocks)
     for key, rows, seen in _evaluate(pattern, groups, num_heads, num_kv_heads, q_blocks, kv_blocks):
@@ -51,6 +54,7 @@ def flops(
 ) -> int:
     q_blocks, kv_blocks = _blocks(pattern, q_len), _blocks(pattern, kv_len)
     visible = _visible_blocks(pattern, num_heads, num_kv_heads, q_blocks, kv_blocks)
+    at_least_one("head_dim", head_dim)
     matmuls = 5 if backward else 2
     return visible * matmuls * 2 * pattern.block_size**2 * head_dim
 
@@ -70,7 +74,7 @@ def coverage(
 def kv_footprint(
     pattern: Pattern, num_heads: int, q_len: int, kv_len: int, num_kv_heads: int | None
 ) -> np.ndarray:
-    kv_heads = num_kv_heads or num_heads
+    kv_heads = _kv_heads(num_heads, num_kv_heads)
     if not is_kv_efficient(pattern, num_heads, q_len, kv_len, num_kv_heads):
         return np.full(kv_heads, kv_len)
     if not q_len or not kv_len:
@@ -87,7 +91,7 @@ def is_kv_efficient(
 ) -> bool:
     """Judged for each key/value head: a block is kept while any query head of the group sees it."""
     q_blocks, kv_blocks = _blocks(pattern, q_len), _blocks(pattern, kv_len)
-    kv_heads = num_kv_heads or num_heads
+    kv_heads = _kv_heads(num_heads, num_kv_heads)
     keys = _keys(pattern, num_heads, num_kv_heads, q_blocks, kv_blocks)
     group = num_heads // kv_heads
     sets = {frozenset(keys[h * group : (h + 1) * group]) for h in range(kv_heads)}
@@ -106,15 +110,24 @@ def is_kv_efficient(
 
 
 def _blocks(pattern: Pattern, length: int) -> int:
+    if integer("length", length) < 0:
+        raise ValueError(f"{length=} must not be negative")
     return math.ceil(length / pattern.block_size)
+
+
+def _kv_heads(num_heads: int, num_kv_heads: int | None) -> int:
+    at_least_one("num_heads", num_heads)
+    if num_kv_heads is None:
+        return num_heads
+    if num_heads % at_least_one("num_kv_heads", num_kv_heads):
+        raise ValueError(f"{num_heads=} must be a multiple of {num_kv_heads=}")
+    return num_kv_heads
 
 
 def _keys(
     pattern: Pattern, num_heads: int, num_kv_heads: int | None, q_blocks: int, kv_blocks: int
 ) -> list:
-    kv_heads = num_kv_heads or num_heads
-    if num_heads < 1 or num_heads % kv_heads:
-        raise ValueError(f"{num_heads=} must be a positive multiple of {num_kv_heads=}")
+    kv_heads = _kv_heads(num_heads, num_kv_heads)
     pattern.check(num_heads, kv_heads, q_blocks, kv_blocks)
     return list(pattern.head_keys(num_heads, kv_heads))
 
@@ -134,7 +147,7 @@ def _evaluate(pattern, groups, num_heads, num_kv_heads, q_blocks, kv_blocks):  #
     step = max(1, _BLOCKS_AT_ONCE // max(1, kv_blocks))
     kv = np.arange(kv_blocks)[None]
     for key, members in groups.items():
-        heads = Heads(np.asarray(members[0]), num_heads, num_kv_heads or num_heads)
+        heads = Heads(np.asarray(members[0]), num_heads, _kv_heads(num_heads, num_kv_heads))
         for start in range(0, q_blocks, step):
             rows = np.arange(start, min(start + step, q_blocks))
             seen = pattern.visible(heads, rows[:, None], kv)
@@ -154,6 +167,6 @@ def _last_row(
 ) -> np.ndarray:
     q_blocks, kv_blocks = _blocks(pattern, q_len), _blocks(pattern, kv_len)
     _keys(pattern, num_heads, num_kv_heads, q_blocks, kv_blocks)
-    heads = Heads(np.arange(num_heads)[:, None], num_heads, num_kv_heads or num_heads)
+    heads = Heads(np.arange(num_heads)[:, None], num_heads, _kv_heads(num_heads, num_kv_heads))
     seen = pattern.visible(heads, np.asarray(q_blocks - 1), np.arange(kv_blocks)[None])
     return np.broadcast_to(seen, (num_heads, kv_blocks))

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from s2_jax import measures
-from s2_jax.structure import HeadKind, Heads, Structure
+from s2_jax.structure import HeadKind, Heads, Structure, boolean, integer
 
 BLOCK_SIZES = (16, 32, 64, 128)
 
@@ -35,10 +35,9 @@ class Pattern(abc.ABC):
     causal: bool = True
 
     def __post_init__(self) -> None:
-        if self.block_size not in BLOCK_SIZES:
+        if integer("block_size", self.block_size) not in BLOCK_SIZES:
             raise ValueError(f"block_size={self.block_size!r} must be one of {BLOCK_SIZES}")
-        if not isinstance(self.causal, bool):
-            raise TypeError(f"causal={self.causal!r} must be True or False")
+        boolean("causal", self.causal)
 
     # The rule. `heads.index`, `q_block` and `kv_block` are integer arrays that broadcast.
 
@@ -60,7 +59,7 @@ class Pattern(abc.ABC):
     def _head_key(self, heads: Heads, head: int) -> Hashable:
         """Equal for two query heads that see the same."""
 
-    def _check(self, heads: Heads, q_blocks: int, kv_blocks: int) -> None:
+    def _check(self, heads: Heads, q_blocks: int, kv_blocks: int) -> None:  # noqa: B027
         """Raises ValueError where the pattern does not fit the heads or lengths of a call."""
 
     @property
@@ -268,6 +267,9 @@ class AtDistance(Pattern):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        integer("near", self.near)
+        if self.far is not None:
+            integer("far", self.far)
         if self.near < 0 or (self.far is not None and self.far <= self.near):
             raise ValueError(f"at_distance needs 0 <= near < far, got {self.near=}, {self.far=}")
         if self.pattern._has_token_window:

@@ -5,28 +5,11 @@ blocks; `#` is visible and causality is already applied.
 from __future__ import annotations
 
 import dataclasses
-import operator
 from collections.abc import Hashable
 from typing import Any
 
 from s2_jax.patterns import Pattern
-from s2_jax.structure import HeadKind, Heads, Structure
-
-
-def _at_least_one(name: str, value: int) -> int:
-    value = _integer(name, value)
-    if value < 1:
-        raise ValueError(f"{name}={value} must be at least 1")
-    return value
-
-
-def _integer(name: str, value: Any) -> int:
-    if isinstance(value, bool):
-        raise TypeError(f"{name}={value!r} must be an integer")
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name}={value!r} must be an integer") from None
+from s2_jax.structure import HeadKind, Heads, Structure, at_least_one, boolean, integer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +33,7 @@ class Local(_SameForAllHeads):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least_one("local_blocks", self.local_blocks)
+        at_least_one("local_blocks", self.local_blocks)
 
     def _sees(self, heads: Heads, q_block: Any, kv_block: Any) -> Any:
         return abs(q_block - kv_block) < self.local_blocks
@@ -65,7 +48,7 @@ class Sink(_SameForAllHeads):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least_one("sink_blocks", self.sink_blocks)
+        at_least_one("sink_blocks", self.sink_blocks)
 
     def _sees(self, heads: Heads, q_block: Any, kv_block: Any) -> Any:
         return (q_block >= 0) & (kv_block < self.sink_blocks)
@@ -80,7 +63,7 @@ class DilatedStride(_SameForAllHeads):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least_one("stride", self.stride)
+        at_least_one("stride", self.stride)
 
     def _sees(self, heads: Heads, q_block: Any, kv_block: Any) -> Any:
         return (q_block - kv_block) % self.stride == 0
@@ -95,7 +78,7 @@ class TokenWindow(_SameForAllHeads):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least_one("window", self.window)
+        at_least_one("window", self.window)
 
     @property
     def _has_token_window(self) -> bool:
@@ -127,13 +110,14 @@ class VerticalStride(Pattern):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _at_least_one("vert_stride", self.vert_stride)
-        _integer("head_offset", self.head_offset)
+        at_least_one("vert_stride", self.vert_stride)
+        boolean("homogeneous", self.homogeneous)
+        integer("head_offset", self.head_offset)
         if self.heads not in ("kv", "query"):
             raise ValueError(f'heads={self.heads!r} must be "kv" or "query"')
         if self.head_step is not None:
-            _integer("head_step", self.head_step)
-        if _integer("dense_heads", self.dense_heads) < 0:
+            integer("head_step", self.head_step)
+        if integer("dense_heads", self.dense_heads) < 0:
             raise ValueError(f"dense_heads={self.dense_heads} must not be negative")
         if self.homogeneous and (self.head_step is not None or self.dense_heads):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Which heads a rule is asked about, and what a layout may know of a rule beforehand."""
+"""Which heads a rule is asked about, what a layout may know of it, and checks of its numbers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,28 @@ import dataclasses
 import math
 from typing import Any, Literal
 
+import numpy as np
+
 HeadKind = Literal["kv", "query"]
+
+
+def integer(name: str, value: Any) -> int:
+    """`value`, which must be an integer that can be hashed: no array, no bool."""
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} must be an integer")
+    return int(value)
+
+
+def at_least_one(name: str, value: Any) -> int:
+    if integer(name, value) < 1:
+        raise ValueError(f"{name}={value} must be at least 1")
+    return int(value)
+
+
+def boolean(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}={value!r} must be True or False")
+    return value
 
 
 @dataclasses.dataclass(frozen=True)

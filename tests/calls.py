@@ -21,6 +21,9 @@ def small_tiles(block_q: int = 32, block_kv: int = 32) -> TileConfig:
     return TileConfig(forward=tile, dq=tile, dkv=tile)
 
 
+SMALL_TILES = small_tiles()
+
+
 @dataclasses.dataclass(frozen=True)
 class AttentionCall:
     pattern: Pattern
@@ -33,7 +36,7 @@ class AttentionCall:
     query_offset: int | tuple[int, ...] = 0
     scale: float | None = None
     dtype: str = "float32"
-    tiles: TileConfig | None = small_tiles()
+    tiles: TileConfig | None = SMALL_TILES
     seed: int = 0
 
     @property
@@ -134,11 +137,11 @@ def assert_as_good_as(
 def check(call: AttentionCall, implementation: str) -> None:
     """`implementation` is as good as the rule asks, in its output and all gradients.
 
-    Oracle and reference run on the CPU, also where the kernels run on a GPU.
+    The oracle runs on the CPU, also where the kernels and the reference run on a GPU.
     """
     with jax.default_device(jax.devices("cpu")[0]):
         oracle = call.oracle()
-        reference = call.run("reference")
+    reference = call.run("reference")
     if implementation != "reference":
         assert_as_good_as(call.run(implementation), reference, oracle, call.dtype)
         return

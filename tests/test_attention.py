@@ -34,7 +34,7 @@ CALLS = {
         kv_len=149,
         batch=2,
         query_offset=(0, 61),
-    ),  # fmt: skip
+    ),
     "traced-offset-one-query": AttentionCall(
         S2_16, q_len=1, kv_len=149, batch=2, query_offset=(17, 148)
     ),
@@ -62,7 +62,7 @@ CALLS = {
         s2_jax.per_head((s2_jax.dense(block_size=16), S2_16, s2_jax.local(1, block_size=16))),
         heads=3,
         kv_heads=3,
-    ),  # fmt: skip
+    ),
     "block-mask": AttentionCall(
         s2_jax.block_mask(RANDOM_MASK, block_size=16), q_len=211, kv_len=199, heads=4, kv_heads=2
     ),
@@ -72,7 +72,7 @@ CALLS = {
         kv_len=199,
         heads=4,
         kv_heads=4,
-    ),  # fmt: skip
+    ),
     "masked-rows": AttentionCall(s2_jax.dense(block_size=16).at_distance(2, 4)),
     "all-masked": AttentionCall(
         s2_jax.block_mask(np.zeros((1, 7, 7), bool), block_size=16), heads=1

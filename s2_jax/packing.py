@@ -1,0 +1,95 @@
+"""Runs and partial units of all heads, packed into the arrays that kernels read."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from pallas_kernels.block_lists import COUNT_BITS, BlockLists
+from s2_jax.geometry import Geometry
+
+_PROGRAMS_AT_ONCE = 264  # two on each multiprocessor of an H100
+
+
+@dataclasses.dataclass
+class HeadLists:
+    """The lists of one pattern; `*_tile` are indices into `geometry.tiles`, ascending."""
+
+    run_tile: np.ndarray
+    runs: np.ndarray  # [runs, 3]: first, step, count, in units
+    partial_tile: np.ndarray
+    partial: np.ndarray  # [partial, 2]: unit, bits
+
+
+def pack(heads: list[HeadLists], geometry: Geometry) -> BlockLists:
+    """The lists of all distinct patterns in one, read-only."""
+    packed = [_pack_head(head, geometry) for head in heads]
+    orders, run_counts, runs, partial_counts, partials = zip(*packed, strict=True)
+    lists = BlockLists(
+        order=np.array(orders, dtype=np.int32).reshape(len(heads), len(geometry.tiles)),
+        run_start=_starts(run_counts),
+        # One entry more than is used: there is always one to read.
+        runs=np.concatenate([*runs, np.zeros((1, 2))]).astype(np.int32),
+        partial_start=_starts(partial_counts),
+        partial=np.concatenate([*partials, np.zeros(1)]).astype(np.int32),
+        num_tiles=len(geometry.tiles),
+        max_runs=max(int(counts.max(initial=0)) for counts in run_counts),
+        unit=geometry.unit,
+        group=geometry.walk_tile // geometry.unit,
+        rows=geometry.rows,
+        heads_first=_long_rows_matter(heads, geometry),
+    )
+    for array in (lists.order, lists.run_start, lists.runs, lists.partial_start, lists.partial):
+        array.flags.writeable = False
+    return lists
+
+
+def _long_rows_matter(heads: list[HeadLists], geometry: Geometry) -> bool:
+    """Whether the longest row is a large part of what a GPU's programs do one after another.
+
+    Taken for heads that share the distinct patterns evenly, as many as `geometry.heads`.
+    """
+    work = [
+        np.bincount(head.run_tile, head.runs[:, 2], minlength=len(geometry.tiles)) for head in heads
+    ]
+    in_turn = np.mean(work) * len(geometry.tiles) * geometry.heads / _PROGRAMS_AT_ONCE
+    return bool(np.max(work, initial=0) > in_turn / 4)
+
+
+def _pack_head(head: HeadLists, geometry: Geometry) -> tuple[np.ndarray, ...]:
+    """Tile of each row, runs of each row, runs, partial units of each row, partial units."""
+    group, num_tiles = geometry.walk_tile // geometry.unit, len(geometry.tiles)
+    tile, (first, step, count) = head.run_tile, head.runs.T
+    # What is left of a run after whole tiles is walked with the partial units.
+    left = count % group
+    rest = np.arange(left.sum()) - np.repeat(np.cumsum(left) - left, left)
+    spare = np.repeat(first + (count - left) * step, left) + rest * np.repeat(step, left)
+    partial_tile = np.concatenate([head.partial_tile, np.repeat(tile, left)])
+    unit = np.concatenate([head.partial[:, 0], spare])
+    bits = np.concatenate([head.partial[:, 1], np.full(spare.size, (1 << geometry.rows) - 1)])
+    kept = count >= group
+    tile, first, step, count = tile[kept], first[kept], step[kept], count[kept] // group
+    runs = np.stack([first, step << COUNT_BITS | count], axis=-1)
+
+    run_count = np.bincount(tile, minlength=num_tiles)
+    partial_count = np.bincount(partial_tile, minlength=num_tiles)
+    order = np.arange(num_tiles)
+    if geometry.longest_first:
+        work = np.bincount(tile, weights=count, minlength=num_tiles) + -(-partial_count // group)
+        order = order[::-1][np.argsort(-work[::-1], kind="stable")]
+    row = np.empty(num_tiles, dtype=np.int64)
+    row[order] = np.arange(num_tiles)
+    run_order = np.argsort(row[tile], kind="stable")
+    partial_order = np.lexsort((unit, row[partial_tile]))
+    return (
+        order + geometry.tiles.start,
+        run_count[order],
+        runs[run_order],
+        partial_count[order],
+        (unit << geometry.rows | bits)[partial_order],
+    )
+
+
+def _starts(counts: tuple[np.ndarray, ...]) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(np.concatenate(counts))]).astype(np.int32)
