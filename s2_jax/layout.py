@@ -112,7 +112,7 @@ def _by_rows(pattern: Pattern, heads: Heads, geometry: Geometry) -> HeadLists:
     for tiles in _chunks(geometry.tiles, at_once):
         seen = _Seen(pattern, heads, geometry, tiles, units)
         runs = RunBuilder(tiles.size)
-        rows, columns = np.nonzero(seen.full)
+        rows, columns = _nonzero(seen.full)
         rank = np.arange(rows.size) - np.searchsorted(rows, rows)
         by_rank = np.argsort(rank, kind="stable")
         ends = np.cumsum(np.bincount(rank)) if rows.size else ()
@@ -120,7 +120,7 @@ def _by_rows(pattern: Pattern, heads: Heads, geometry: Geometry) -> HeadLists:
             now = by_rank[start:end]
             one = np.ones(now.size, dtype=np.int64)
             runs.add(rows[now], units[0, columns[now]], one, one)
-        rows, columns = np.nonzero(seen.some & ~seen.full)
+        rows, columns = _nonzero(seen.some & ~seen.full)
         partial = np.stack([units[0, columns], seen.bits[rows, columns]], axis=-1)
         chunks.append((tiles[0] - geometry.tiles.start, runs.finish(), rows, partial))
     return _join(chunks)
@@ -149,7 +149,7 @@ def _by_intervals(
                 inside = units < stop[index, None]
                 full, some = seen.full & inside, seen.some & inside
                 _add_full(runs, index, start[index], length[index], full, period)
-                rows, columns = np.nonzero(some & ~full)
+                rows, columns = _nonzero(some & ~full)
                 expand = _repeats(length[index][rows], columns, width, period)
                 rows, columns = np.repeat(rows, expand), np.repeat(columns, expand)
                 ends = np.cumsum(expand)
@@ -243,7 +243,7 @@ class _Seen:
             counts = (begin < fixed_stop) & (begin + geometry.part > fixed_start)
             sees = pattern.visible(heads, q, kv)
             full &= sees | ~counts
-            bits |= np.where(sees & counts, np.uint8(1 << row), np.uint8(0))
+            bits |= (sees & counts).view(np.uint8) << np.uint8(row)
         first, last = units * geometry.unit, (units + 1) * geometry.unit - 1
         full &= (first >= walk_start) & (last < walk_stop)
         reached = (last >= walk_start) & (first < walk_stop)
@@ -259,6 +259,13 @@ class _Seen:
         self.bits = np.where(reached, bits, np.uint8(0))
         self.some = self.bits != 0
         self.full = full & self.some
+
+
+def _nonzero(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """`np.nonzero`, several times as fast."""
+    flat = np.flatnonzero(mask)
+    rows = flat // max(1, mask.shape[1])
+    return rows, flat - rows * mask.shape[1]
 
 
 def _chunks(tiles: range, size: int) -> Iterator[np.ndarray]:

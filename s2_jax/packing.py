@@ -81,7 +81,7 @@ def _pack_head(head: HeadLists, geometry: Geometry) -> tuple[np.ndarray, ...]:
     row = np.empty(num_tiles, dtype=np.int64)
     row[order] = np.arange(num_tiles)
     run_order = np.argsort(row[tile], kind="stable")
-    partial_order = np.lexsort((unit, row[partial_tile]))
+    partial_order = np.argsort(row[partial_tile], kind="stable")
     return (
         order + geometry.tiles.start,
         run_count[order],
