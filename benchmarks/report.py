@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    return _output_of(("git", "rev-parse", "HEAD"))
+    """Of the checkout; where it is a bare copy, what the variable COMMIT says."""
+    return _output_of(("git", "rev-parse", "HEAD")) or os.environ.get("COMMIT")
 
 
 def _output_of(command: tuple[str, ...]) -> str | None:

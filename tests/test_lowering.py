@@ -54,9 +54,7 @@ def test_every_pick_lowers(pick):
     tiles, dtype, head_dim = pick
     pattern = s2_jax.local_stride(2, 3, block_size=64)
     text = lowered(
-        lambda q, k, v: s2_jax.s2_attention(
-            q, k, v, pattern, implementation="triton", tiles=tiles
-        ),
+        lambda q, k, v: s2_jax.s2_attention(q, k, v, pattern, implementation="triton", tiles=tiles),
         (1, 515, 4, head_dim),
         (1, 515, 2, head_dim),
         (1, 515, 2, head_dim),

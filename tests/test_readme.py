@@ -1,0 +1,19 @@
+"""The README's examples, as a newcomer would paste them."""
+
+import pathlib
+import re
+
+import jax
+import pytest
+
+README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("example", EXAMPLES, ids=["call", "linen", "nnx"])
+def test_example_runs(example):
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        names = {}
+        exec(compile(example, "README.md", "exec"), names)
+    result = names.get("y", names.get("out"))
+    assert jax.numpy.isfinite(result).all()
