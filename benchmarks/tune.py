@@ -28,17 +28,30 @@ from pallas_kernels.tiles import Tile, TileConfig
 from s2_jax.layout import PatternLayouts, number_patterns
 
 FORWARD = [
-    Tile(64, 64, 4, 2), Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(128, 64, 4, 2),
-    Tile(128, 64, 4, 3), Tile(128, 32, 4, 3), Tile(128, 32, 4, 4), Tile(128, 128, 8, 2),
-]  # fmt: skip
+    Tile(64, 64, 4, 2),
+    Tile(64, 64, 4, 3),
+    Tile(128, 64, 4, 2),
+    Tile(128, 64, 4, 3),
+    Tile(128, 64, 8, 2),
+    Tile(128, 64, 8, 3),
+    Tile(64, 32, 4, 2),
+]
 DQ = [
-    Tile(64, 64, 4, 2), Tile(64, 64, 4, 3), Tile(128, 64, 8, 3), Tile(128, 32, 4, 2),
-    Tile(128, 32, 8, 3), Tile(64, 32, 4, 3),
-]  # fmt: skip
+    Tile(64, 64, 4, 2),
+    Tile(64, 64, 8, 2),
+    Tile(128, 64, 8, 2),
+    Tile(128, 64, 8, 3),
+    Tile(64, 32, 4, 2),
+    Tile(64, 64, 8, 1),
+]
 DKV = [
-    Tile(64, 64, 4, 2), Tile(64, 64, 4, 3), Tile(32, 64, 4, 3), Tile(32, 64, 4, 2),
-    Tile(32, 128, 4, 2), Tile(64, 32, 4, 3),
-]  # fmt: skip
+    Tile(64, 64, 4, 2),
+    Tile(64, 64, 4, 3),
+    Tile(32, 64, 4, 3),
+    Tile(64, 64, 8, 1),
+    Tile(32, 64, 8, 2),
+    Tile(64, 128, 8, 2),
+]
 KERNELS = {"forward": (FORWARD, 2), "dq": (DQ, 3), "dkv": (DKV, 4)}
 
 

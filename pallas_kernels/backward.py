@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels.call import (
@@ -66,6 +67,9 @@ def s2_dq_kernel(*refs: Any, settings: Settings, meta: ListMeta, grid: Grid) -> 
     dq = walk_partial(
         lists.partial_start, lists.partial, row, meta, lambda p, b, c: accumulate(c, p, b), dq
     )
+    if settings.query_offset is None:
+        defined = (q_positions >= 0) & (q_positions < settings.q_limit)
+        dq = jnp.where(defined[:, None], dq, 0.0)
     store_rows(dq_ref, q_rows, dq * settings.scale, exists)
 
 
@@ -87,9 +91,11 @@ def s2_dkv_kernel(*refs: Any, settings: Settings, meta: ListMeta, grid: Grid, gr
     key = load_rows(k_ref, kv_rows, dim, exists)
     value = load_rows(v_ref, kv_rows, value_dim, exists)
     traced = settings.query_offset is None
-    window = None
+    first, last, window = offset, offset + q_len, None
     if traced:
-        window = (lax.div(offset, meta.unit), lax.div(offset + q_len + meta.unit - 1, meta.unit))
+        first, last = jnp.maximum(offset, 0), jnp.minimum(last, settings.q_limit)
+        unit = np.int32(meta.unit)
+        window = (lax.div(first, unit), lax.div(last + (unit - 1), unit))
 
     def accumulate(
         member: Any, carry: tuple[jax.Array, jax.Array], positions: jax.Array, bits: Any
@@ -98,7 +104,7 @@ def s2_dkv_kernel(*refs: Any, settings: Settings, meta: ListMeta, grid: Grid, gr
         rows = positions - offset
         inside = None
         if bits is not None or traced:
-            inside = (rows >= 0) & (rows < q_len)
+            inside = (positions >= first) & (positions < last)
             rows = jnp.where(inside, rows, q_len)
         query = load_rows(q_ref, rows, dim, inside, member)
         lse = load_scalars(lse_ref, rows, inside, float("inf"), member)
@@ -108,7 +114,7 @@ def s2_dkv_kernel(*refs: Any, settings: Settings, meta: ListMeta, grid: Grid, gr
         if bits is not None:
             mask = partial_mask(
                 1, min(tile.block_kv, settings.block_size), meta.rows, bits, positions,
-                kv_positions, causal=settings.causal, limits=(offset, offset + q_len),
+                kv_positions, causal=settings.causal, limits=(first, last),
             )  # fmt: skip
             weights = jnp.where(mask, weights, 0.0)
         grad_out = load_rows(do_ref, rows, value_dim, inside, member)

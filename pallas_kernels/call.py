@@ -97,7 +97,9 @@ class Grid:
 
     def by_head(self, length: int, dim: int, group: int = 1) -> pl.BlockSpec:
         """All of a head's rows of `[batch, length, heads, dim]`; `group` heads share one."""
-        return self._spec((None, length, None, dim), lambda h, b: (b, 0, lax.div(h, group), 0))
+        return self._spec(
+            (None, length, None, dim), lambda h, b: (b, 0, lax.div(h, np.int32(group)), 0)
+        )
 
     def by_group(self, length: int, dim: int, group: int) -> pl.BlockSpec:
         """The same of the `group` heads that belong to this program's head."""
@@ -130,7 +132,7 @@ def query_rows(
     lane = lax.iota(jnp.int32, block_q)
     if settings.query_offset is None:
         # A shift rounds down: also a negative offset's rows are reached, and given NaN.
-        first = lax.shift_right_arithmetic(offset, block_q.bit_length() - 1)
+        first = offset >> (block_q.bit_length() - 1)
         tile = first + (grid.rows - 1 - rank)
         rank = jnp.clip(tile, 0, meta.num_tiles - 1)
     else:

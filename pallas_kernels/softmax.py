@@ -42,7 +42,7 @@ class Softmax(NamedTuple):
 
     def finish(self, log2_scale: float) -> tuple[jax.Array, jax.Array]:
         """Output, and LSE in log2: zeros and -inf in rows that saw nothing."""
-        seen = self.total > 0
+        seen = self.total != 0  # a NaN was seen too
         total = jnp.where(seen, self.total, 1.0)
         lse = self.peak * log2_scale + jnp.log2(total)
         return self.out / total[:, None], jnp.where(seen, lse, -jnp.inf)

@@ -20,6 +20,10 @@ class Tile:
     num_stages: int = 2
 
     def __post_init__(self) -> None:
+        for name in ("block_q", "block_kv", "num_warps", "num_stages"):
+            number = getattr(self, name)
+            if not isinstance(number, int) or isinstance(number, bool):
+                raise TypeError(f"{name}={number!r} must be an int")
         for name in ("block_q", "block_kv"):
             size = getattr(self, name)
             if size not in TILE_SIZES:
@@ -45,7 +49,7 @@ class TileConfig:
 
 
 def pick_tiles(
-    *, head_dim: int, itemsize: int, q_len: int, compute_capability: int = 90
+    *, head_dim: int, itemsize: int, q_len: int, block_size: int = 64, compute_capability: int = 90
 ) -> TileConfig:
     """The tiles for a call.
 
@@ -53,10 +57,14 @@ def pick_tiles(
       head_dim: the larger of the two head dims.
       itemsize: bytes an element: 2 or 4.
       q_len: query tokens in a row; short rows want small tiles to fill the GPU.
+      block_size: of the pattern. A key tile of dk/dv is no larger: it would walk, masked, the
+        queries of all its columns for each of them.
       compute_capability: 80, 86, 89, 90, 100, ...
     """
     pick = _hopper if compute_capability in (90, 100, 103) else _ampere
-    return pick(head_dim, itemsize, q_len)
+    tiles = pick(head_dim, itemsize, q_len)
+    dkv = dataclasses.replace(tiles.dkv, block_kv=min(tiles.dkv.block_kv, block_size))
+    return dataclasses.replace(tiles, dkv=dkv)
 
 
 def _hopper(head_dim: int, itemsize: int, q_len: int) -> TileConfig:
@@ -65,9 +73,7 @@ def _hopper(head_dim: int, itemsize: int, q_len: int) -> TileConfig:
     For 2-byte elements from `python -m benchmarks.tune` on an H200, head_dim 128.
     """
     if itemsize == 4:
-        size = 32 if head_dim > 128 else 64
-        tile = Tile(size, 32, num_warps=4, num_stages=1)
-        return TileConfig(forward=tile, dq=tile, dkv=Tile(32, size, num_warps=4, num_stages=1))
+        return _float32(head_dim)
     if head_dim > 128:
         tile = Tile(64, 64, num_warps=8, num_stages=1)
         return TileConfig(forward=Tile(64, 64, 8, 2), dq=tile, dkv=tile)
@@ -79,10 +85,17 @@ def _hopper(head_dim: int, itemsize: int, q_len: int) -> TileConfig:
 def _ampere(head_dim: int, itemsize: int, q_len: int) -> TileConfig:
     """99 KB of shared memory a program at most (sm_86, sm_89, sm_120; sm_80 has 163)."""
     if itemsize == 4:
-        size = 16 if head_dim > 128 else 32
-        tile = Tile(size, 32, num_warps=4, num_stages=1)
-        return TileConfig(forward=tile, dq=tile, dkv=Tile(32, size, num_warps=4, num_stages=1))
+        return _float32(head_dim)
     if head_dim > 128:
         tile = Tile(32, 32, num_warps=4, num_stages=1)
         return TileConfig(forward=Tile(64, 32, 4, 1), dq=tile, dkv=tile)
     return TileConfig(forward=Tile(64, 64, 4, 2), dq=Tile(64, 64, 4, 1), dkv=Tile(64, 64, 4, 1))
+
+
+def _float32(head_dim: int) -> TileConfig:
+    """IEEE products run on the ordinary cores and hold much in registers: small tiles."""
+    if head_dim > 64:
+        small = Tile(16, 16, num_warps=8, num_stages=1)
+        return TileConfig(forward=Tile(32, 32, num_warps=8, num_stages=1), dq=small, dkv=small)
+    tile = Tile(16, 32, num_warps=4, num_stages=1)
+    return TileConfig(forward=Tile(32, 32, num_warps=8, num_stages=1), dq=tile, dkv=tile)

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.pallas import triton as plgpu
 
@@ -80,7 +81,7 @@ def walk_runs(
 
     if meta.max_runs <= _RUNS_AT_ONCE:
         return walk_some(start, carry)
-    turns = lax.div(stop - start + (_RUNS_AT_ONCE - 1), _RUNS_AT_ONCE)
+    turns = lax.div(stop - start + (_RUNS_AT_ONCE - 1), np.int32(_RUNS_AT_ONCE))
     return lax.fori_loop(
         0, turns, lambda turn, carry: walk_some(start + turn * _RUNS_AT_ONCE, carry), carry
     )
@@ -111,7 +112,7 @@ def walk_partial(
         positions = (entry >> meta.rows) * meta.unit + lane % meta.unit
         return body(positions, entry & everyone, carry)
 
-    turns = lax.div(stop - start + (meta.group - 1), meta.group)
+    turns = lax.div(stop - start + (meta.group - 1), np.int32(meta.group))
     return lax.fori_loop(0, turns, visit, carry)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from typing import Any
 
@@ -18,7 +19,7 @@ from s2_jax.checks import Call, check_call, check_implementation
 from s2_jax.layout import PatternLayouts, number_patterns
 from s2_jax.patterns import Pattern
 from s2_jax.reference import Tokens, reference_attention
-from s2_jax.structure import Heads
+from s2_jax.structure import Heads, boolean
 
 _KERNEL_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 _MAX_HEAD_DIM = 256
@@ -51,7 +52,8 @@ def s2_attention(
       query: `[batch, q_len, heads, head_dim]`; key: `[batch, kv_len, kv_heads, head_dim]`;
         value: `[batch, kv_len, kv_heads, value_dim]`. One float dtype for all; heads a multiple
         of kv_heads (GQA, MQA). Kernels take bfloat16, float16 and float32.
-      pattern: what each head sees; static under `jit`, compared by value.
+      pattern: what each head sees; static under `jit`, compared by value. What it hides must still
+        be finite: a NaN in a hidden key or value can reach queries of the same tile.
       scale: of the scores; by default `1 / sqrt(head_dim)`. A Python number.
       query_offset: absolute position of query 0 (keys start at 0). An int is static. An int32
         array, `[]` or `[batch]`, may be traced: nothing is traced anew when it changes. It must
@@ -62,7 +64,7 @@ def s2_attention(
         queries give output 0 and LSE -inf.
       logits_soft_cap: caps scores smoothly, `cap * tanh(score / cap)`, where given.
       head_axis: mesh axis over which the heads are split, inside `shard_map` or `pmap`; a shard
-        computes what its heads compute in the whole.
+        computes what its heads compute in the whole. Query and key/value heads must both be split.
       return_lse: also return the natural-log log-sum-exp of each query's scores.
       implementation: None takes the kernels where the call is lowered for an NVIDIA GPU and the
         reference elsewhere; "triton" the kernels; "interpret" the same kernels in Pallas'
@@ -81,16 +83,18 @@ def s2_attention(
     Source: S2-Attention, arXiv 2407.17678.
     """
     check_implementation(implementation, tiles)
+    boolean("return_lse", return_lse)
     call, unbatched = check_call(
         query, key, value, pattern, scale=scale, query_offset=query_offset,
         segment_ids=segment_ids, kv_segment_ids=kv_segment_ids,
         query_seq_lengths=query_seq_lengths, key_value_seq_lengths=key_value_seq_lengths,
         logits_soft_cap=logits_soft_cap, head_axis=head_axis,
     )  # fmt: skip
+    chosen = _choose(call, implementation)
     if 0 in (call.query.shape[0], call.query.shape[1], call.key.shape[1]):
         out, lse = _nothing_to_see(call)
-    elif _choose(call, implementation) == "reference":
-        out, lse = Reference.of(call)(*_operands(call))
+    elif chosen == "reference":
+        out, lse = _run_reference(Reference.of(call), *_operands(call))
     else:
         out, lse = _kernels(call, implementation, tiles)
     if unbatched:
@@ -127,6 +131,11 @@ class Reference:
         return out, jnp.where(defined[:, None, :], lse, jnp.nan)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _run_reference(reference: Reference, *operands: Any) -> tuple[Array, Array]:
+    return reference(*operands)
+
+
 def _operands(call: Call) -> tuple[Any, ...]:
     """Arrays of a call, masks last: what `Reference` takes."""
     batch, _, local_heads, _ = call.query.shape
@@ -158,6 +167,7 @@ def _kernels(
             head_dim=max(call.query.shape[-1], call.value.shape[-1]),
             itemsize=call.query.dtype.itemsize,
             q_len=q_len,
+            block_size=call.pattern.block_size,
             compute_capability=lowering.compute_capability() or 90,
         )
     offset = call.query_offset if isinstance(call.query_offset, int) else None
@@ -212,7 +222,9 @@ def _choose(call: Call, implementation: str | None) -> str:
             f'"interpret" and "reference" run anywhere'
         )
     if missing:
-        raise NotImplementedError(f"the kernels do not support {missing} yet")
+        raise NotImplementedError(
+            f'the kernels do not support {missing} yet; implementation="reference" does'
+        )
     return "kernels"
 
 

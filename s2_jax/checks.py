@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 from typing import Any
 
 import jax
@@ -99,6 +98,10 @@ def check_call(
         rows["kv_segment_ids"] = rows["segment_ids"]
     if rows["segment_ids"] is None and rows["kv_segment_ids"] is not None:
         raise ValueError("kv_segment_ids needs segment_ids")
+    if rows["segment_ids"] is not None:
+        dtypes = (rows["segment_ids"].dtype, rows["kv_segment_ids"].dtype)
+        if dtypes[0] != dtypes[1]:
+            raise TypeError(f"segment_ids and kv_segment_ids must share one dtype, got {dtypes}")
     lengths = {
         name: _check_lengths(name, array, batch, limit, unbatched)
         for name, array, limit in (
@@ -124,7 +127,8 @@ def check_call(
 
 
 def check_implementation(implementation: Any, tiles: Any) -> None:
-    if implementation not in IMPLEMENTATIONS:
+    known = implementation is None or isinstance(implementation, str)
+    if not known or implementation not in IMPLEMENTATIONS:
         raise ValueError(f"{implementation=} must be one of {IMPLEMENTATIONS}")
     if tiles is not None and not isinstance(tiles, TileConfig):
         raise TypeError(f"tiles must be a TileConfig, got {type(tiles).__name__}")
@@ -213,6 +217,8 @@ def _check_ids(name: str, ids: Any, batch: int, length: int, unbatched: bool) ->
     expected = (length,) if unbatched else (batch, length)
     if ids.shape != expected:
         raise ValueError(f"{name} must have shape {expected}, got {ids.shape}")
+    if ids.dtype.itemsize > 4 and not jax.config.read("jax_enable_x64"):
+        raise TypeError(f"{name} is {ids.dtype}, which JAX would cut to 32 bits: cast it to int32")
     ids = jnp.asarray(ids)
     return ids[None] if unbatched else ids
 
@@ -221,7 +227,7 @@ def _check_lengths(name: str, lengths: Any, batch: int, limit: int, unbatched: b
     if lengths is None:
         return None
     kind = getattr(lengths, "dtype", type(lengths).__name__)
-    if not isinstance(lengths, (np.ndarray, jax.Array)) or lengths.dtype != jnp.int32:
+    if not isinstance(lengths, (np.ndarray, np.generic, jax.Array)) or lengths.dtype != jnp.int32:
         raise TypeError(f"{name} must be an int32 array, got {kind}")
     expected = () if unbatched else (batch,)
     if lengths.shape != expected:
@@ -237,7 +243,10 @@ def _check_lengths(name: str, lengths: Any, batch: int, limit: int, unbatched: b
 def _check_scale(scale: Any, head_dim: int) -> float:
     if scale is None:
         return 1.0 / math.sqrt(head_dim)
-    return _static_number("scale", scale, "multiply the query instead")
+    scale = _static_number("scale", scale, "multiply the query instead")
+    if scale and not 1e-20 <= abs(scale) <= 1e20:
+        raise ValueError(f"{scale=} must be 0 or between 1e-20 and 1e20 in size")
+    return scale
 
 
 def _check_soft_cap(cap: Any) -> float | None:
@@ -252,9 +261,12 @@ def _check_soft_cap(cap: Any) -> float | None:
 def _static_number(name: str, number: Any, advice: str) -> float:
     if isinstance(number, jax.core.Tracer):
         raise TypeError(f"{name} must be a Python number, got a traced array; {advice}")
-    is_scalar = isinstance(number, (np.ndarray, jax.Array)) and number.ndim == 0
-    if not (isinstance(number, numbers.Real) or is_scalar) or isinstance(number, bool):
+    if isinstance(number, (np.ndarray, np.generic, jax.Array)):
+        plain = number.ndim == 0 and number.dtype.kind in "iuf"
+    else:
+        plain = isinstance(number, (int, float)) and not isinstance(number, bool)
+    if not plain:
         raise TypeError(f"{name} must be a number, got {type(number).__name__}")
-    if not math.isfinite(float(number)):
-        raise ValueError(f"{name}={float(number)} must be finite")
+    if abs(number) > np.finfo(np.float32).max or number != number:
+        raise ValueError(f"{name}={number} must be finite in float32")
     return float(number)

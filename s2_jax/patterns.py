@@ -35,6 +35,9 @@ class Pattern(abc.ABC):
     causal: bool = True
 
     def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # NumPy's integers overflow and promote
+            if isinstance(number := getattr(self, field.name), np.integer):
+                object.__setattr__(self, field.name, int(number))
         if integer("block_size", self.block_size) not in BLOCK_SIZES:
             raise ValueError(f"block_size={self.block_size!r} must be one of {BLOCK_SIZES}")
         boolean("causal", self.causal)
@@ -271,7 +274,8 @@ class AtDistance(Pattern):
         if self.far is not None:
             integer("far", self.far)
         if self.near < 0 or (self.far is not None and self.far <= self.near):
-            raise ValueError(f"at_distance needs 0 <= near < far, got {self.near=}, {self.far=}")
+            near, far = self.near, self.far
+            raise ValueError(f"at_distance needs 0 <= near < far, got {near=}, {far=}")
         if self.pattern._has_token_window:
             raise ValueError("a token_window joins the rest once, at the top level")
 
@@ -364,6 +368,8 @@ def per_head(patterns: tuple[Pattern, ...] | list[Pattern]) -> Pattern:
       ValueError: none given, settings that differ, or a token_window among them.
       TypeError: an entry that is not a pattern.
     """
+    if not isinstance(patterns, (tuple, list)):
+        raise TypeError(f"per_head takes a tuple of patterns, got {type(patterns).__name__}")
     patterns = tuple(patterns)
     if not patterns:
         raise ValueError("per_head needs at least one pattern")

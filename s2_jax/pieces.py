@@ -134,7 +134,8 @@ class VerticalStride(Pattern):
 
     def _sees(self, heads: Heads, q_block: Any, kv_block: Any) -> Any:
         head = heads.pattern_head(self.heads)
-        column = kv_block + head * self._step(heads) + self.head_offset
+        shift = self._step(heads) % self.vert_stride
+        column = kv_block + head * shift + self.head_offset % self.vert_stride
         dense = head >= heads.count(self.heads) - self.dense_heads
         return ((column % self.vert_stride == 0) | dense) & (q_block >= 0)
 

@@ -9,12 +9,15 @@ from typing import Any, Literal
 import numpy as np
 
 HeadKind = Literal["kv", "query"]
+_TOO_LARGE = 1 << 24  # so that sums and products of a few stay in int32
 
 
 def integer(name: str, value: Any) -> int:
     """`value`, which must be an integer that can be hashed: no array, no bool."""
     if not isinstance(value, (int, np.integer)) or isinstance(value, bool):
         raise TypeError(f"{name}={value!r} must be an integer")
+    if abs(int(value)) >= _TOO_LARGE:
+        raise ValueError(f"{name}={value} must be below {_TOO_LARGE} in size")
     return int(value)
 
 

@@ -206,6 +206,47 @@ def test_an_infinite_lse_gradient_stays_out(implementation):
         assert not np.isnan(np.asarray(gradient)).any()
 
 
+def test_a_nan_in_a_query_is_not_taken_for_a_query_that_sees_nothing(implementation):
+    inputs = AttentionCall(S2_16).inputs()
+    inputs["query"][0, 33] = np.nan
+    out, lse = s2_jax.s2_attention(
+        *(jnp.asarray(inputs[name]) for name in ("query", "key", "value")), S2_16,
+        return_lse=True, implementation=implementation,
+    )  # fmt: skip
+    assert np.isnan(np.asarray(out)[0, 33]).all()
+    assert np.isnan(np.asarray(lse)[0, :, 33]).all()
+    assert np.isfinite(np.delete(np.asarray(out)[0], 33, axis=0)).all()
+
+
+def test_positions_past_the_call_leave_the_gradients_of_others_alone(implementation):
+    """Row 1 starts past what its block lists cover: NaN there, and nowhere in dk and dv."""
+    pattern = s2_jax.block_mask(np.ones((1, 7, 7), bool), block_size=16)
+    call = AttentionCall(pattern, q_len=23, kv_len=97, batch=2)
+    query, key, value = (jnp.asarray(call.inputs()[n]) for n in ("query", "key", "value"))
+
+    @jax.jit
+    def gradients(offset):
+        def total(*arrays):
+            return s2_jax.s2_attention(
+                *arrays, pattern, query_offset=offset, implementation=implementation
+            ).sum()
+
+        return jax.grad(total, (0, 1, 2))(query, key, value)
+
+    for gradient in gradients(jnp.asarray([74, 101], jnp.int32)):
+        assert np.isfinite(np.asarray(gradient)).all()
+
+
+def test_64_bit_mode_changes_nothing(kernels):
+    call = AttentionCall(S2_16, heads=4, kv_heads=2, batch=2, query_offset=(0, 40), kv_len=140)
+    with jax.enable_x64(True):
+        wide = call.run(kernels)
+    narrow = call.run(kernels)
+    for name in wide:
+        assert wide[name].dtype == narrow[name].dtype
+        np.testing.assert_allclose(wide[name], narrow[name], rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     "shapes",
     [

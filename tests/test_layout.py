@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import s2_jax
 from pallas_kernels.block_lists import COUNT_BITS, MAX_COUNT
-from pallas_kernels.tiles import Tile, TileConfig
+from pallas_kernels.tiles import Tile, TileConfig, pick_tiles
 from s2_jax import layout
 from s2_jax.layout import Geometry, PatternLayouts, block_lists, number_patterns
 from s2_jax.runs import RunBuilder
@@ -197,3 +197,15 @@ def test_any_set_of_units_becomes_runs(units, tile):
 def test_lists_refuse_rows_too_long_to_index():
     with pytest.raises(ValueError, match="use larger blocks"):
         block_lists(s2_jax.local(1, block_size=16), 1, 1, Geometry("q", 16, 16, 16, 0, 16, 1 << 22))
+
+
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+def test_lists_grow_with_the_length_and_not_with_its_square(block_size):
+    sizes = []
+    for length in (1 << 14, 1 << 16):
+        tiles = pick_tiles(head_dim=128, itemsize=2, q_len=length, block_size=block_size)
+        pattern = s2_jax.local_stride(8, 16, block_size=block_size)
+        layouts = PatternLayouts(pattern, 4, 4, 0, length, length, tiles)
+        lists = [layouts.forward(), layouts.dq(), layouts.dkv()]
+        sizes.append(sum(one.runs.nbytes + one.partial.nbytes for one in lists))
+    assert sizes[1] < 5 * sizes[0]
