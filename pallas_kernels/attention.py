@@ -15,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from pallas_kernels.backward import backward
 from pallas_kernels.call import Settings
 from pallas_kernels.forward import forward
+from pallas_kernels.lowering import vary_alike
 from pallas_kernels.softmax import LOG2_E
 
 Attention = Callable[..., tuple[jax.Array, jax.Array]]
@@ -114,4 +115,4 @@ def block_sparse_attention(
     Returns:
       Output `[batch, q_len, heads, value_dim]`; LSE, float32 `[batch, heads, q_len]`.
     """
-    return _attention(static, query, key, value, head_index, offset)
+    return _attention(static, *vary_alike((query, key, value, head_index, offset)))

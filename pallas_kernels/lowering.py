@@ -60,6 +60,19 @@ def _abstract_device() -> Any:
     return getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
 
 
+def vary_alike(arrays: Sequence[Any]) -> tuple[jax.Array, ...]:
+    """The same arrays, marked as varying over all mesh axes over which any of them does.
+
+    Inside `jax.shard_map(..., check_vma=True)` a kernel's operands and results must agree.
+    """
+    known = [jax.typeof(array).manual_axis_type.varying for array in arrays]
+    axes = frozenset().union(*known)
+    return tuple(
+        jax.lax.pcast(array, tuple(sorted(axes - own)), to="varying") if axes - own else array
+        for array, own in zip(arrays, known, strict=True)
+    )
+
+
 def call_kernel(
     kernel: Callable[..., None],
     operands: Sequence[jax.Array],
@@ -73,13 +86,18 @@ def call_kernel(
     interpret: bool,
 ) -> Sequence[jax.Array]:
     """Runs a kernel over a grid: compiled by Triton, or in Pallas' interpreter."""
+    operands = vary_alike(operands)
+    varying = jax.typeof(operands[0]).manual_axis_type
+    out_shape = [
+        jax.ShapeDtypeStruct(out.shape, out.dtype, manual_axis_type=varying) for out in out_shape
+    ]
     parameters = plgpu.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages)
     return pl.pallas_call(
         kernel,
         grid=grid,
         in_specs=list(in_specs),
         out_specs=list(out_specs),
-        out_shape=list(out_shape),
+        out_shape=out_shape,
         compiler_params=parameters,
         interpret=interpret,
         name=name,

@@ -387,6 +387,35 @@ def test_a_shard_of_heads_computes_what_they_compute_in_the_whole(heads, kernels
     np.testing.assert_allclose(run(attend, query, key, value), whole, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("check_vma", [False, True])
+@pytest.mark.parametrize("split", ["batch", "heads"])
+def test_none_runs_under_shard_map(split, check_vma):
+    """Gradients too; where varying axes are checked, kernels and reference both name theirs."""
+    pattern = s2_jax.local_stride(1, 8, block_size=16)
+    call = AttentionCall(pattern, heads=8, kv_heads=4, batch=4)
+    arrays = [jnp.asarray(call.inputs()[n]) for n in ("query", "key", "value")]
+    devices = jax.devices("cpu")[:4]
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(jax.sharding.AxisType.Auto,), devices=devices)
+    spec = jax.sharding.PartitionSpec(*{"batch": ("x",), "heads": (None, None, "x")}[split])
+    head_axis = "x" if split == "heads" else None
+
+    def gradients(*arrays, head_axis=head_axis, implementation=None):
+        def square(*arrays):
+            out = s2_jax.s2_attention(
+                *arrays, pattern, head_axis=head_axis, implementation=implementation
+            )
+            return (out**2).sum()
+
+        return jax.grad(square, (0, 1, 2))(*arrays)
+
+    sharded = jax.jit(
+        jax.shard_map(gradients, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check_vma)
+    )
+    whole = gradients(*arrays, head_axis=None, implementation="reference")
+    for ours, truth in zip(sharded(*arrays), whole, strict=True):
+        np.testing.assert_allclose(ours, truth, rtol=1e-4, atol=1e-5)
+
+
 def test_tiles_of_each_kernel_may_differ(kernels):
     tiles = TileConfig(forward=Tile(64, 16), dq=Tile(16, 64), dkv=Tile(32, 16))
     check(AttentionCall(S2_16, q_len=203, kv_len=203, tiles=tiles), kernels)
