@@ -17,6 +17,7 @@ from pallas_kernels.call import Settings
 from pallas_kernels.forward import forward
 from pallas_kernels.lowering import vary_alike
 from pallas_kernels.softmax import LOG2_E
+from pallas_kernels.tokens import Tokens
 
 Attention = Callable[..., tuple[jax.Array, jax.Array]]
 
@@ -25,35 +26,37 @@ Attention = Callable[..., tuple[jax.Array, jax.Array]]
 class Portable:
     """Kernels where a call is lowered for CUDA, and `fallback` where it is lowered otherwise.
 
-    fallback(query, key, value, head_index, offset) -> (out, lse); None where the kernels must
-    run. pattern_of_head: which list each head of the whole call walks.
+    fallback(query, key, value, tokens) -> (out, lse); None where the kernels must run.
+    pattern_of_head: which list each head of the whole call walks.
     """
 
     settings: Settings
     pattern_of_head: tuple[int, ...]
     fallback: Attention | None = None
 
+    def numbers(self, tokens: Tokens) -> jax.Array:
+        return jnp.asarray(self.pattern_of_head, jnp.int32)[tokens.head_index]
 
-def _forward(static: Portable, *args: jax.Array) -> tuple[jax.Array, jax.Array]:
+
+def _forward(static: Portable, *args: Any) -> tuple[jax.Array, jax.Array]:
     """Output and LSE in log2."""
 
-    def kernels(*args: jax.Array) -> tuple[jax.Array, jax.Array]:
-        query, key, value, head_index, offset = args
-        numbers = jnp.asarray(static.pattern_of_head, jnp.int32)[head_index]
-        return forward(static.settings, query, key, value, numbers, offset)
+    def kernels(*args: Any) -> tuple[jax.Array, jax.Array]:
+        query, key, value, tokens = args
+        return forward(static.settings, query, key, value, static.numbers(tokens), tokens)
 
     if static.fallback is None:
         return kernels(*args)
     fallback = static.fallback
 
-    def elsewhere(*args: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def elsewhere(*args: Any) -> tuple[jax.Array, jax.Array]:
         out, lse = fallback(*args)
         return out, lse * LOG2_E
 
     return lax.platform_dependent(*args, cuda=kernels, default=elsewhere)
 
 
-def _forward_rule(static: Portable, *args: jax.Array) -> Any:
+def _forward_rule(static: Portable, *args: Any) -> Any:
     out, lse = _forward(static, *args)
     out = checkpoint_name(out, "s2_attention_out")
     lse = checkpoint_name(lse, "s2_attention_lse")
@@ -61,31 +64,33 @@ def _forward_rule(static: Portable, *args: jax.Array) -> Any:
 
 
 def _backward_rule(static: Portable, residuals: Any, grads: tuple[jax.Array, jax.Array]) -> Any:
-    (query, key, value, head_index, offset), out, lse = residuals
+    (query, key, value, tokens), out, lse = residuals
     fallback = static.fallback
 
     def kernels(*operands: Any) -> tuple[jax.Array, ...]:
-        inputs, head_index, offset, out, lse, (grad_out, grad_lse) = operands
-        numbers = jnp.asarray(static.pattern_of_head, jnp.int32)[head_index]
+        inputs, tokens, out, lse, (grad_out, grad_lse) = operands
+        unseeing = jnp.isneginf(lse)
         delta = jnp.sum(out.astype(jnp.float32) * grad_out.astype(jnp.float32), axis=-1)
-        delta = jnp.where(jnp.isneginf(lse), 0.0, jnp.swapaxes(delta, 1, 2) - grad_lse)
-        return backward(static.settings, inputs, numbers, offset, lse, delta, grad_out)
+        delta = jnp.where(unseeing, 0.0, jnp.swapaxes(delta, 1, 2) - grad_lse)
+        lse = jnp.where(unseeing, jnp.inf, lse)
+        numbers = static.numbers(tokens)
+        return backward(static.settings, inputs, numbers, tokens, lse, delta, grad_out)
 
     def elsewhere(*operands: Any) -> tuple[jax.Array, ...]:
-        inputs, head_index, offset, _, _, grads = operands
+        inputs, tokens, _, _, grads = operands
         assert fallback is not None
-        return jax.vjp(lambda *qkv: fallback(*qkv, head_index, offset), *inputs)[1](grads)
+        return jax.vjp(lambda *qkv: fallback(*qkv, tokens), *inputs)[1](grads)
 
-    operands = ((query, key, value), head_index, offset, out, lse, grads)
+    operands = ((query, key, value), tokens, out, lse, grads)
     if fallback is None:
         gradients = kernels(*operands)
     else:
         gradients = lax.platform_dependent(*operands, cuda=kernels, default=elsewhere)
-    return (*gradients, None, None)
+    return (*gradients, None)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(static: Portable, *args: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _attention(static: Portable, *args: Any) -> tuple[jax.Array, jax.Array]:
     out, lse = _forward(static, *args)
     return out, lse / LOG2_E
 
@@ -95,12 +100,7 @@ _attention.defvjp(_forward_rule, _backward_rule)
 
 @functools.partial(jax.jit, static_argnums=0)
 def block_sparse_attention(
-    static: Portable,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    head_index: jax.Array,
-    offset: jax.Array,
+    static: Portable, query: jax.Array, key: jax.Array, value: jax.Array, tokens: Tokens
 ) -> tuple[jax.Array, jax.Array]:
     """Attention over the tiles that the layouts name; differentiable through output and LSE.
 
@@ -109,10 +109,10 @@ def block_sparse_attention(
       query: `[batch, q_len, heads, head_dim]`, bfloat16, float16 or float32.
       key: `[batch, kv_len, kv_heads, head_dim]`.
       value: `[batch, kv_len, kv_heads, value_dim]`.
-      head_index: int32 `[heads]`, the numbers of the query heads in the whole call.
-      offset: int32 `[batch]`, position of query 0; read where `settings.query_offset` is None.
+      tokens: heads, positions, lengths and segments.
 
     Returns:
       Output `[batch, q_len, heads, value_dim]`; LSE, float32 `[batch, heads, q_len]`.
     """
-    return _attention(static, *vary_alike((query, key, value, head_index, offset)))
+    arrays, tree = jax.tree.flatten((query, key, value, tokens))
+    return _attention(static, *jax.tree.unflatten(tree, vary_alike(arrays)))

@@ -23,7 +23,16 @@ MAX_COUNT = (1 << COUNT_BITS) - 1
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["order", "run_start", "runs", "partial_start", "partial"],
-    meta_fields=["num_tiles", "max_runs", "unit", "group", "rows", "heads_first"],
+    meta_fields=[
+        "holds_queries",
+        "fixed_tile",
+        "num_tiles",
+        "max_runs",
+        "unit",
+        "group",
+        "rows",
+        "heads_first",
+    ],
 )
 @dataclasses.dataclass(frozen=True)
 class BlockLists:
@@ -37,7 +46,9 @@ class BlockLists:
     runs: int32 [runs, 2]; first unit, then step << COUNT_BITS | count. A run has `count` tiles
       of `group` units, each unit `step` units after the one before.
     partial_start: int32 [patterns * num_tiles + 1]; where a row's partial units start.
-    partial: int32 [partial]; unit << rows | one bit for each part of the fixed tile.
+    partial: int32 [partial]; unit << rows | one bit for each part of the fixed tile, ascending in
+      each row. Where a token window adds to the pattern, all bits may be 0.
+    holds_queries: whether fixed tiles hold queries, or keys. fixed_tile: tokens in one.
     num_tiles: rows of a pattern.
     max_runs: most runs of any row.
     unit: tokens in a unit. group: units in a walked tile. rows: parts of a fixed tile.
@@ -50,6 +61,8 @@ class BlockLists:
     runs: Any
     partial_start: Any
     partial: Any
+    holds_queries: bool
+    fixed_tile: int
     num_tiles: int
     max_runs: int
     unit: int

@@ -1,4 +1,4 @@
-"""What the three kernels share on their way in: static settings and operand specs."""
+"""What the three kernels share on their way in: static settings, operands and their specs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.block_lists import BlockLists
+from pallas_kernels.masks import Window
+from pallas_kernels.softmax import LOG2_E
+from pallas_kernels.spans import Axis, spans
 from pallas_kernels.tiles import TileConfig
-from pallas_kernels.walk import ListMeta
+from pallas_kernels.tokens import Tokens
 
 
 class Layouts(Protocol):
@@ -41,38 +44,79 @@ class Settings:
     query_offset: int | None
     q_limit: int
     interpret: bool
+    soft_cap: float | None = None
+    window: Window | None = None
+
+    @property
+    def log2_scale(self) -> float:
+        """What makes log2 weights of `scores()`."""
+        return (self.scale if self.soft_cap is None else self.soft_cap) * LOG2_E
+
+    def scores(self, products: jax.Array) -> jax.Array:
+        """Products of queries and keys, or their tanh where scores are capped."""
+        if self.soft_cap is None:
+            return products
+        return jnp.tanh(products * (self.scale / self.soft_cap))
 
 
-class Operands(tuple):
-    """The list arrays and per-call scalars, in the order in which every kernel takes them."""
+def _q_axis(settings: Settings, tokens: Tokens, q_len: int) -> Axis:
+    origin = tokens.offset
+    if settings.query_offset is not None:
+        origin = jnp.full_like(tokens.offset, settings.query_offset)
+    rows = q_len if tokens.q_length is None else jnp.clip(tokens.q_length, 0, q_len)
+    last = jnp.minimum(origin + rows, settings.q_limit)
+    return Axis(q_len, origin, jnp.maximum(origin, 0), last, tokens.q_ids)
 
-    SIZE = 7
+
+def _kv_axis(tokens: Tokens, kv_len: int) -> Axis:
+    zero = jnp.zeros_like(tokens.offset)
+    rows = kv_len if tokens.kv_length is None else jnp.clip(tokens.kv_length, 0, kv_len)
+    return Axis(kv_len, zero, zero, zero + rows, tokens.kv_ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class Operands:
+    """What a kernel takes besides queries, keys, values and their gradients, by name."""
+
+    arrays: dict[str, jax.Array]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.arrays)
 
     @classmethod
-    def of(cls, lists: BlockLists, pattern_of_head: jax.Array, offset: jax.Array) -> Operands:
-        arrays = (lists.order, lists.run_start, lists.runs, lists.partial_start, lists.partial)
-        return cls((*map(jnp.asarray, arrays), pattern_of_head, offset))
+    def of(
+        cls,
+        settings: Settings,
+        lists: BlockLists,
+        pattern_of_head: jax.Array,
+        tokens: Tokens,
+        q_len: int,
+        kv_len: int,
+    ) -> Operands:
+        names = ("order", "run_start", "runs", "partial_start", "partial")
+        arrays = {name: jnp.asarray(getattr(lists, name)) for name in names}
+        arrays |= {"pattern_of_head": pattern_of_head, "offset": tokens.offset}
+        q_axis, kv_axis = _q_axis(settings, tokens, q_len), _kv_axis(tokens, kv_len)
+        fixed, walked = (q_axis, kv_axis) if lists.holds_queries else (kv_axis, q_axis)
+        masked = [tokens.q_length, tokens.kv_length, tokens.q_ids]
+        if any(array is not None for array in masked) or (
+            settings.query_offset is None and not lists.holds_queries
+        ):
+            arrays["spans"] = spans(fixed, lists.fixed_tile, walked, lists.unit)
+        if tokens.q_ids is not None:
+            arrays |= {"q_ids": tokens.q_ids, "kv_ids": tokens.kv_ids}
+        for name in ("q_length", "kv_length"):
+            if getattr(tokens, name) is not None:
+                arrays[name] = getattr(tokens, name)
+        return cls(arrays)
 
-
-class ListRefs:
-    """The same inside a kernel, with the questions that a program asks first."""
-
-    def __init__(self, refs: tuple[Any, ...], meta: ListMeta, settings: Settings, batch: Any):
-        self.order, self.run_start, self.runs, self.partial_start, self.partial = refs[:5]
-        self._pattern_of_head, self._offset = refs[5:]
-        self.meta = meta
-        self._settings, self._batch = settings, batch
-
-    def offset(self) -> Any:
-        static = self._settings.query_offset
-        return self._offset[self._batch] if static is None else static
-
-    def tile_at(self, head: Any, rank: Any) -> jax.Array:
-        """The fixed tile whose lists stand at place `rank` for a head."""
-        return self.order[self._pattern_of_head[head], rank]
-
-    def row(self, head: Any, rank: Any) -> jax.Array:
-        return self._pattern_of_head[head] * self.meta.num_tiles + rank
+    def specs(self, grid: Grid) -> list[pl.BlockSpec]:
+        by_batch = ("spans", "q_ids", "kv_ids")
+        return [
+            grid.by_batch(array.shape) if name in by_batch else _whole(array)
+            for name, array in self.arrays.items()
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +156,10 @@ class Grid:
     def group_scalars(self, length: int, group: int) -> pl.BlockSpec:
         return self._spec((None, group, length), lambda h, b: (b, h, 0))
 
+    def by_batch(self, shape: tuple[int, ...]) -> pl.BlockSpec:
+        """All of an entry of `[batch, ...]`."""
+        return self._spec((None, *shape[1:]), lambda h, b: (b, *[0] * len(shape[1:])))
+
     def _spec(self, shape: tuple[Any, ...], index: Callable[[Any, Any], Any]) -> pl.BlockSpec:
         return pl.BlockSpec(shape, lambda i, j, b: index(self._ordered(i, j)[0], b))
 
@@ -124,34 +172,14 @@ def padded_dim(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def query_rows(
-    settings: Settings, refs: ListRefs, head: Any, rank: Any, grid: Grid, block_q: int, q_len: int
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """List row, query positions [block_q], array rows and which of them exist (None: all)."""
-    offset, meta = refs.offset(), refs.meta
-    lane = lax.iota(jnp.int32, block_q)
-    if settings.query_offset is None:
-        # A shift rounds down: also a negative offset's rows are reached, and given NaN.
-        first = offset >> (block_q.bit_length() - 1)
-        tile = first + (grid.rows - 1 - rank)
-        rank = jnp.clip(tile, 0, meta.num_tiles - 1)
-    else:
-        tile = refs.tile_at(head, rank)
-    positions = tile * block_q + lane
-    rows = positions - offset
-    exists = None
-    if settings.query_offset is None or offset % block_q or q_len % block_q:
-        exists = (rows >= 0) & (rows < q_len)
-        rows = jnp.where(exists, rows, q_len)
-    return refs.row(head, rank), positions, rows, exists
-
-
-def num_query_tiles(settings: Settings, lists: BlockLists, block_q: int, q_len: int) -> int:
+def num_query_tiles(settings: Settings, lists: BlockLists, q_len: int) -> int:
     """Programs along the queries: a traced offset may straddle one tile more."""
-    return lists.num_tiles if settings.query_offset is not None else -(-q_len // block_q) + 1
+    if settings.query_offset is not None:
+        return lists.num_tiles
+    return -(-q_len // lists.fixed_tile) + 1
 
 
-def whole(array: Any) -> pl.BlockSpec:
+def _whole(array: Any) -> pl.BlockSpec:
     """A spec that hands the whole array to every program."""
     zeros = (0,) * np.ndim(array)
     return pl.BlockSpec(np.shape(array), lambda *_: zeros)

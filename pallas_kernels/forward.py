@@ -12,62 +12,44 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.call import (
-    Grid,
-    ListRefs,
-    Operands,
-    Settings,
-    num_query_tiles,
-    padded_dim,
-    query_rows,
-    whole,
-)
+from pallas_kernels.call import Grid, Operands, Settings, num_query_tiles, padded_dim
 from pallas_kernels.lowering import call_kernel
+from pallas_kernels.program import Program, QueryTile
 from pallas_kernels.rows import load_rows, store_rows, store_scalars
-from pallas_kernels.softmax import LOG2_E, Softmax, dot, partial_mask
-from pallas_kernels.walk import ListMeta, walk_partial, walk_runs
+from pallas_kernels.softmax import Softmax, dot
+from pallas_kernels.tokens import Tokens
+from pallas_kernels.walk import ListMeta, walk
 
 
-def s2_forward_kernel(*refs: Any, settings: Settings, meta: ListMeta, grid: Grid) -> None:
+def s2_forward_kernel(
+    *refs: Any, names: tuple[str, ...], settings: Settings, meta: ListMeta, grid: Grid
+) -> None:
     q_ref, k_ref, v_ref = refs[:3]
     o_ref, lse_ref = refs[-2:]
-    head, rank, batch = grid.program()
-    lists = ListRefs(refs[3 : 3 + Operands.SIZE], meta, settings, batch)
-    tile = settings.tiles.forward
-    q_len, kv_len = q_ref.shape[0], k_ref.shape[0]
+    named = dict(zip(names, refs[3:-2], strict=True))
+    program = Program.start(named, meta, settings, grid, q_ref.shape[0], k_ref.shape[0])
+    block_q = settings.tiles.forward.block_q
     dim, value_dim = padded_dim(q_ref.shape[1]), padded_dim(v_ref.shape[1])
-    row, q_positions, q_rows, exists = query_rows(
-        settings, lists, head, rank, grid, tile.block_q, q_len
-    )
-    query = load_rows(q_ref, q_rows, dim, exists)
-    log2_scale = settings.scale * LOG2_E
+    tile = QueryTile.of(program, block_q)
+    query = load_rows(q_ref, tile.rows, dim, tile.exists)
+    mask = program.mask(tile.positions, program.ids("q_ids", tile.rows, tile.exists))
+    first, last = program.kv_limits()
 
-    def attend(carry: Softmax, positions: jax.Array, bits: jax.Array | None) -> Softmax:
-        inside = None if bits is None else positions < kv_len
+    def attend(positions: jax.Array, bits: jax.Array | None, carry: Softmax) -> Softmax:
+        inside: Any = None if bits is None else (positions >= first) & (positions < last)
         key = load_rows(k_ref, positions, dim, inside)
-        scores = dot(query, key, transpose_b=True)
+        scores = settings.scores(dot(query, key, transpose_b=True))
         if bits is not None:
-            mask = partial_mask(
-                0, min(tile.block_q, settings.block_size), meta.rows, bits, q_positions, positions,
-                causal=settings.causal, limits=(0, kv_len),
-            )  # fmt: skip
-            scores = jnp.where(mask, scores, -jnp.inf)
-        return carry.step(scores, load_rows(v_ref, positions, value_dim, inside), log2_scale)
+            ids = program.ids("kv_ids", positions, inside)
+            scores = jnp.where(mask(positions, bits, inside, ids), scores, -jnp.inf)
+        value = load_rows(v_ref, positions, value_dim, inside)
+        return carry.step(scores, value, settings.log2_scale)
 
-    carry = Softmax.start(tile.block_q, value_dim)
-    carry = walk_runs(
-        lists.run_start, lists.runs, row, meta, lambda p, c: attend(c, p, None), carry
-    )
-    carry = walk_partial(
-        lists.partial_start, lists.partial, row, meta, lambda p, b, c: attend(c, p, b), carry
-    )
-    out, lse = carry.finish(log2_scale)
-    if settings.query_offset is None:
-        defined = (q_positions >= 0) & (q_positions < settings.q_limit)
-        out = jnp.where(defined[:, None], out, jnp.nan)
-        lse = jnp.where(defined, lse, jnp.nan)
-    store_rows(o_ref, q_rows, out, exists)
-    store_scalars(lse_ref, q_rows, lse, exists)
+    carry = Softmax.start(block_q, value_dim)
+    carry = walk(named, tile.row, meta, tile.span, attend, carry)
+    out, lse = carry.finish(settings.log2_scale)
+    store_rows(o_ref, tile.rows, tile.blank(program, out, 0.0, jnp.nan), tile.exists)
+    store_scalars(lse_ref, tile.rows, tile.blank(program, lse, -jnp.inf, jnp.nan), tile.exists)
 
 
 def forward(
@@ -76,26 +58,29 @@ def forward(
     key: jax.Array,
     value: jax.Array,
     pattern_of_head: jax.Array,
-    offset: jax.Array,
+    tokens: Tokens,
 ) -> tuple[jax.Array, jax.Array]:
     """Output `[batch, q_len, heads, value_dim]` and LSE, in log2, `[batch, heads, q_len]`."""
     batch, q_len, num_heads, head_dim = query.shape
     kv_len, kv_heads, value_dim = value.shape[1:]
     group = num_heads // kv_heads
     lists = settings.layouts.forward()
-    rows = num_query_tiles(settings, lists, settings.tiles.forward.block_q, q_len)
+    rows = num_query_tiles(settings, lists, q_len)
     grid = Grid(num_heads, rows, batch, lists.heads_first)
-    operands = Operands.of(lists, pattern_of_head, offset)
+    operands = Operands.of(settings, lists, pattern_of_head, tokens, q_len, kv_len)
     out, lse = call_kernel(
-        functools.partial(s2_forward_kernel, settings=settings, meta=ListMeta.of(lists), grid=grid),
-        (query, key, value, *operands),
+        functools.partial(
+            s2_forward_kernel, names=operands.names, settings=settings, meta=ListMeta.of(lists),
+            grid=grid,
+        ),
+        (query, key, value, *operands.arrays.values()),
         name="s2_attention_forward",
         grid=grid.shape,
         in_specs=[
             grid.by_head(q_len, head_dim),
             grid.by_head(kv_len, head_dim, group),
             grid.by_head(kv_len, value_dim, group),
-            *map(whole, operands),
+            *operands.specs(grid),
         ],
         out_specs=[
             grid.by_head(q_len, value_dim),
@@ -107,5 +92,5 @@ def forward(
         ],
         tile=settings.tiles.forward,
         interpret=settings.interpret,
-    )
+    )  # fmt: skip
     return out, lse

@@ -1,7 +1,8 @@
-"""The online-softmax step and the mask of partial tiles, written once for all kernels.
+"""The online-softmax step, written once for all kernels.
 
-Scores stay as the matrix product leaves them; `log2_scale`, that is scale * log2(e) > 0, enters
-with the maximum in one multiply-add before exp2.
+Scores stay as the matrix product leaves them (or, where they are capped, as tanh does);
+`log2_scale`, which makes log2 weights of them, enters with the maximum in one multiply-add
+before exp2.
 """
 
 from __future__ import annotations
@@ -46,37 +47,6 @@ class Softmax(NamedTuple):
         total = jnp.where(seen, self.total, 1.0)
         lse = self.peak * log2_scale + jnp.log2(total)
         return self.out / total[:, None], jnp.where(seen, lse, -jnp.inf)
-
-
-def partial_mask(
-    parts_axis: int,
-    part: int,
-    rows: int,
-    bits: jax.Array,
-    q_positions: jax.Array,
-    kv_positions: jax.Array,
-    *,
-    causal: bool,
-    limits: tuple[jax.Array | int, jax.Array | int],
-) -> jax.Array:
-    """Mask [fixed, walked]: the pattern's bits, the walked axis' limits, and causality.
-
-    parts_axis: 0 where the fixed tile holds queries, 1 where it holds keys. part: tokens in a
-    part of the fixed tile; rows: parts. limits: first and last + 1 position of the walked axis.
-    """
-    fixed, walked = (q_positions, kv_positions) if parts_axis == 0 else (kv_positions, q_positions)
-    inside = (walked >= limits[0]) & (walked < limits[1])
-    shape = (fixed.shape[0], walked.shape[0])
-    bits = jnp.where(inside, bits, 0)
-    if rows > 1:
-        which = lax.iota(jnp.int32, fixed.shape[0]) // part
-        mask = ((bits[None, :] >> which[:, None]) & 1) != 0
-    else:
-        mask = jnp.broadcast_to(bits[None, :] != 0, shape)
-    if causal:
-        fixed_, walked_ = fixed[:, None], walked[None, :]
-        mask &= (fixed_ >= walked_) if parts_axis == 0 else (walked_ >= fixed_)
-    return mask
 
 
 def dot(a: jax.Array, b: jax.Array, *, transpose_b: bool = False) -> jax.Array:

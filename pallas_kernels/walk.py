@@ -1,4 +1,4 @@
-"""Walking the block lists inside a kernel: a loop without masks, then one with.
+"""Walking the block lists inside a kernel: a loop without masks, then those with.
 
 The runs of a tile are read once, up to four at a time, and walked by one flat loop: the compiler
 pipelines its loads, because no index comes from memory inside it.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ class ListMeta:
     unit: int
     group: int
     rows: int
+    holds_queries: bool
 
     @classmethod
     def of(cls, lists: BlockLists) -> ListMeta:
@@ -40,41 +41,92 @@ class ListMeta:
     def tile(self) -> int:
         return self.unit * self.group
 
+    @property
+    def everyone(self) -> int:
+        """The bits of a unit that all parts of the fixed tile see."""
+        return (1 << self.rows) - 1
 
-def walk_runs(
-    run_start_ref: Any,
-    runs_ref: Any,
+
+class Span(NamedTuple):
+    """Units start <= u < stop matter; those of inner <= u < inner_stop need no mask."""
+
+    start: jax.Array
+    stop: jax.Array
+    inner: jax.Array
+    inner_stop: jax.Array
+
+
+class _Run(NamedTuple):
+    """What is walked of a run: `tiles` from `first` on, leaving out `gap` at `gap_at`."""
+
+    first: jax.Array
+    step: jax.Array
+    tiles: jax.Array
+    gap_at: Any = None
+    gap: Any = None
+
+    def unit(self, i: jax.Array, group: int) -> jax.Array:
+        if self.gap_at is not None:
+            i = jnp.where(i >= self.gap_at, i + self.gap, i)
+        return self.first + i * (group * self.step)
+
+
+def walk(
+    refs: dict[str, Any],
     row: jax.Array,
     meta: ListMeta,
-    body: Callable[[jax.Array, Carry], Carry],
+    span: Span | None,
+    body: Callable[[jax.Array, jax.Array | None, Carry], Carry],
     carry: Carry,
     *,
-    window: tuple[jax.Array, jax.Array] | None = None,
     backwards: bool = False,
 ) -> Carry:
-    """Calls `body(positions, carry)` for every tile of the runs of list `row`.
+    """Calls `body(positions, bits, carry)` for every tile of list `row`.
 
-    positions: int32 [tile], ascending tokens along the walked axis. window: first and last + 1
-    unit that count; tiles outside of it are left out. backwards: last tile first.
+    positions: int32 [tile], tokens along the walked axis. bits: None where no mask is needed;
+    otherwise int32 [tile], which parts of the fixed tile see the position (positions that do not
+    exist are negative, or past the end). span: what of the list matters; None: all of it.
+    backwards: last tile of the runs first.
     """
-    if not meta.max_runs:
-        return carry
-    start, stop = run_start_ref[row], run_start_ref[row + 1]
+
+    def masked(positions: jax.Array, carry: Carry) -> Carry:
+        return body(positions, jnp.full((meta.tile,), meta.everyone, jnp.int32), carry)
+
+    if meta.max_runs:
+        plain = lambda positions, carry: body(positions, None, carry)  # noqa: E731
+        carry = _walk_runs(refs, row, meta, span, "inner", plain, carry, backwards)
+        if span is not None:
+            carry = _walk_runs(refs, row, meta, span, "outer", masked, carry, backwards)
+    return _walk_partial(refs, row, meta, span, body, carry)
+
+
+def _walk_runs(
+    refs: dict[str, Any],
+    row: jax.Array,
+    meta: ListMeta,
+    span: Span | None,
+    part: Literal["inner", "outer"],
+    body: Callable[[jax.Array, Carry], Carry],
+    carry: Carry,
+    backwards: bool,
+) -> Carry:
+    start, stop = refs["run_start"][row], refs["run_start"][row + 1]
 
     def walk_some(begin: jax.Array, carry: Carry) -> Carry:
         slots = min(meta.max_runs, _RUNS_AT_ONCE)
-        runs = [_read_run(runs_ref, begin + k, start, stop, meta, window) for k in range(slots)]
-        ends = [runs[0][2]]
-        for _, _, count in runs[1:]:
-            ends.append(ends[-1] + count)
+        runs = [_read_run(refs["runs"], begin + k, start, stop, meta) for k in range(slots)]
+        if span is not None:
+            runs = [_clip(run, span, part, meta.group) for run in runs]
+        ends = [runs[0].tiles]
+        for run in runs[1:]:
+            ends.append(ends[-1] + run.tiles)
 
         def visit(i: jax.Array, carry: Carry) -> Carry:
             i = ends[-1] - 1 - i if backwards else i
-            first, step, _ = runs[0]
-            unit = first + i * (meta.group * step)
-            for (first, next_step, _), end in zip(runs[1:], ends[:-1], strict=True):
-                unit = jnp.where(i >= end, first + (i - end) * (meta.group * next_step), unit)
-                step = jnp.where(i >= end, next_step, step)
+            unit, step = runs[0].unit(i, meta.group), runs[0].step
+            for run, end in zip(runs[1:], ends[:-1], strict=True):
+                unit = jnp.where(i >= end, run.unit(i - end, meta.group), unit)
+                step = jnp.where(i >= end, run.step, step)
             return body(_positions(unit, step, meta), carry)
 
         return lax.fori_loop(0, ends[-1], visit, carry)
@@ -87,56 +139,65 @@ def walk_runs(
     )
 
 
-def walk_partial(
-    partial_start_ref: Any,
-    partial_ref: Any,
+def _walk_partial(
+    refs: dict[str, Any],
     row: jax.Array,
     meta: ListMeta,
-    body: Callable[[jax.Array, jax.Array, Carry], Carry],
+    span: Span | None,
+    body: Callable[[jax.Array, jax.Array | None, Carry], Carry],
     carry: Carry,
 ) -> Carry:
-    """Calls `body(positions, bits, carry)` for every tile of the partial units of list `row`.
-
-    bits: int32 [tile], which parts of the fixed tile see the position; 0 where there is none.
-    """
-    start, stop = partial_start_ref[row], partial_start_ref[row + 1]
+    start, stop = refs["partial_start"][row], refs["partial_start"][row + 1]
+    partial = refs["partial"]
     lane = lax.iota(jnp.int32, meta.tile)
-    everyone = (1 << meta.rows) - 1
 
     def visit(i: jax.Array, carry: Carry) -> Carry:
+        begin = start + i * meta.group
         if meta.group == 1:
-            entry = jnp.full((meta.tile,), partial_ref[start + i])
+            entry = jnp.full((meta.tile,), partial[begin])
         else:
-            slot = start + i * meta.group + lane // meta.unit
-            entry = plgpu.load(partial_ref.at[slot], mask=slot < stop, other=0)
+            slot = begin + lane // meta.unit
+            entry = plgpu.load(partial.at[slot], mask=slot < stop, other=-1)  # a negative unit
         positions = (entry >> meta.rows) * meta.unit + lane % meta.unit
-        return body(positions, entry & everyone, carry)
+        bits = entry & meta.everyone
+        if span is None:
+            return body(positions, bits, carry)
+        first = partial[begin] >> meta.rows
+        last = partial[jnp.minimum(begin + meta.group, stop) - 1] >> meta.rows
+        matters = (last >= span.start) & (first < span.stop)
+        return lax.cond(matters, lambda c: body(positions, bits, c), lambda c: c, carry)
 
     turns = lax.div(stop - start + (meta.group - 1), np.int32(meta.group))
     return lax.fori_loop(0, turns, visit, carry)
 
 
 def _read_run(
-    runs_ref: Any,
-    index: jax.Array,
-    start: jax.Array,
-    stop: jax.Array,
-    meta: ListMeta,
-    window: tuple[jax.Array, jax.Array] | None,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """First unit, step and tiles of a run; no tiles past the last run."""
+    runs_ref: Any, index: jax.Array, start: jax.Array, stop: jax.Array, meta: ListMeta
+) -> _Run:
+    """A run; without tiles past the last one."""
     exists = index < stop
     index = jnp.where(exists, index, start)
     first, word = runs_ref[index, 0], runs_ref[index, 1]
-    step = word >> COUNT_BITS
-    count = jnp.where(exists, word & MAX_COUNT, 0)
-    if window is None:
-        return first, step, count
-    stride = jnp.maximum(step * meta.group, 1)
-    skipped = lax.div(jnp.maximum(window[0] - first, 0), stride)
-    kept = lax.div(jnp.maximum(window[1] - first + stride - 1, 0), stride)
-    kept = jnp.maximum(jnp.minimum(kept, count) - skipped, 0)
-    return first + skipped * meta.group * step, step, kept
+    return _Run(first, word >> COUNT_BITS, jnp.where(exists, word & MAX_COUNT, 0))
+
+
+def _clip(run: _Run, span: Span, part: Literal["inner", "outer"], group: int) -> _Run:
+    """The tiles of a run whose units all lie in the inner part, or the others that matter."""
+    stride = jnp.maximum(run.step * group, 1)
+    reach = (group - 1) * run.step
+
+    def tiles_before(unit: jax.Array) -> jax.Array:
+        tiles = lax.div(jnp.maximum(unit - run.first, 0) + (stride - 1), stride)
+        return jnp.minimum(tiles, run.tiles)
+
+    start, stop = tiles_before(span.start - reach), tiles_before(span.stop)
+    inner = jnp.maximum(tiles_before(span.inner), start)
+    inner_stop = jnp.maximum(tiles_before(span.inner_stop - reach), inner)
+    if part == "inner":
+        return _Run(run.first + inner * stride, run.step, inner_stop - inner)
+    gap = inner_stop - inner
+    count = jnp.maximum(stop - start, 0) - gap
+    return _Run(run.first + start * stride, run.step, count, inner - start, gap)
 
 
 def _positions(unit: jax.Array, step: jax.Array, meta: ListMeta) -> jax.Array:

@@ -15,10 +15,11 @@ from pallas_kernels import lowering
 from pallas_kernels.attention import Portable, block_sparse_attention
 from pallas_kernels.call import Settings
 from pallas_kernels.tiles import TileConfig, pick_tiles
+from pallas_kernels.tokens import Tokens
 from s2_jax.checks import Call, check_call, check_implementation
 from s2_jax.layout import PatternLayouts, number_patterns
 from s2_jax.patterns import Pattern
-from s2_jax.reference import Tokens, reference_attention
+from s2_jax.reference import reference_attention
 from s2_jax.structure import Heads, boolean
 
 _KERNEL_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
@@ -119,16 +120,20 @@ class Reference:
         return cls(call.pattern, *numbers, call.scale, call.logits_soft_cap, call.q_limit)
 
     def __call__(
-        self, query: Array, key: Array, value: Array, head_index: Array, offset: Array, *masks: Any
+        self, query: Array, key: Array, value: Array, tokens: Tokens
     ) -> tuple[Array, Array]:
         out, lse = reference_attention(
-            query, key, value, self.pattern, Heads(head_index, self.num_heads, self.num_kv_heads),
-            Tokens(offset, *masks), scale=self.scale, logits_soft_cap=self.logits_soft_cap,
+            query, key, value, self.pattern,
+            Heads(tokens.head_index, self.num_heads, self.num_kv_heads), tokens,
+            scale=self.scale, logits_soft_cap=self.logits_soft_cap,
         )  # fmt: skip
-        position = offset[:, None] + jnp.arange(query.shape[1], dtype=jnp.int32)[None]
-        defined = (position >= 0) & (position < self.q_limit)
-        out = jnp.where(defined[:, :, None, None], out, jnp.nan)
-        return out, jnp.where(defined[:, None, :], lse, jnp.nan)
+        row = jnp.arange(query.shape[1], dtype=jnp.int32)[None]
+        position = tokens.offset[:, None] + row
+        answered = (position >= 0) & (position < self.q_limit)
+        if tokens.q_length is not None:
+            answered |= row >= tokens.q_length[:, None]
+        out = jnp.where(answered[:, :, None, None], out, jnp.nan)
+        return out, jnp.where(answered[:, None, :], lse, jnp.nan)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -137,7 +142,7 @@ def _run_reference(reference: Reference, *operands: Any) -> tuple[Array, Array]:
 
 
 def _operands(call: Call) -> tuple[Any, ...]:
-    """Arrays of a call, masks last: what `Reference` takes."""
+    """Arrays of a call: what `Reference` takes."""
     batch, _, local_heads, _ = call.query.shape
     index = jnp.arange(local_heads, dtype=jnp.int32)
     if call.head_axis is not None:
@@ -145,10 +150,11 @@ def _operands(call: Call) -> tuple[Any, ...]:
     offset = call.query_offset
     if isinstance(offset, int):
         offset = jnp.full((batch,), offset, jnp.int32)
-    masks = (
-        call.segment_ids, call.kv_segment_ids, call.query_seq_lengths, call.key_value_seq_lengths
+    tokens = Tokens(
+        index, offset, call.segment_ids, call.kv_segment_ids,
+        call.query_seq_lengths, call.key_value_seq_lengths,
     )  # fmt: skip
-    return call.query, call.key, call.value, index, offset, *masks
+    return call.query, call.key, call.value, tokens
 
 
 def _nothing_to_see(call: Call) -> tuple[Array, Array]:
@@ -188,13 +194,15 @@ def _kernels(
         query_offset=offset,
         q_limit=call.q_limit,
         interpret=implementation == "interpret",
+        soft_cap=call.logits_soft_cap,
+        window=call.pattern.token_window()[1],
     )
     keys = call.pattern.head_keys(call.num_heads, call.num_kv_heads)
     fallback = (
         dataclasses.replace(Reference.of(call), scale=scale) if implementation is None else None
     )
     static = Portable(settings, number_patterns(keys), fallback)
-    return block_sparse_attention(static, *_operands(call)[:5])
+    return block_sparse_attention(static, *_operands(call))
 
 
 def _choose(call: Call, implementation: str | None) -> str:
@@ -235,11 +243,5 @@ def _missing_in_kernels(call: Call) -> str | None:
             call.query.dtype not in _KERNEL_DTYPES
         ),
         f"head dims above {_MAX_HEAD_DIM}, got {max(dims)}": max(dims) > _MAX_HEAD_DIM,
-        f"a value dim that differs from head_dim, got {dims[1]} and {dims[0]}": dims[0] != dims[1],
-        "segment_ids": call.segment_ids is not None,
-        "query_seq_lengths": call.query_seq_lengths is not None,
-        "key_value_seq_lengths": call.key_value_seq_lengths is not None,
-        "logits_soft_cap": call.logits_soft_cap is not None,
-        "token_window patterns": call.pattern._has_token_window,
     }
     return next((reason for reason, applies in reasons.items() if applies), None)

@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 
 from pallas_kernels.block_lists import MAX_COUNT, MAX_STEP, BlockLists
+from pallas_kernels.masks import Window
 from pallas_kernels.tiles import Tile, TileConfig
 from s2_jax.geometry import Geometry
 from s2_jax.packing import HeadLists, pack
@@ -135,7 +136,8 @@ def _by_intervals(
     for tiles in _chunks(geometry.tiles, at_once):
         runs = RunBuilder(tiles.size)
         partial_tile, partial = [], []
-        bounds = _bounds(structure, pattern.causal, geometry, tiles)
+        window = pattern.token_window()[1]
+        bounds = _bounds(structure, pattern.causal, window, geometry, tiles)
         for start, stop in itertools.pairwise(bounds):
             length = stop - start
             for low, high in ((1, min(2, period)), (min(2, period) + 1, None)):
@@ -192,7 +194,11 @@ def _repeats(length: np.ndarray, column: np.ndarray, width: int, period: int) ->
 
 
 def _bounds(
-    structure: Structure, causal: bool, geometry: Geometry, tiles: np.ndarray
+    structure: Structure,
+    causal: bool,
+    window: Window | None,
+    geometry: Geometry,
+    tiles: np.ndarray,
 ) -> list[np.ndarray]:
     """Units at which the rule, causality or the end of the row may change things, ascending."""
     unit, per_block = geometry.unit, geometry.block_size // geometry.unit
@@ -212,6 +218,12 @@ def _bounds(
             bounds += [(low + 1) // unit, high // unit + 1]
         else:
             bounds += [low // unit, -(-high // unit)]
+    if window is not None:
+        for row in range(geometry.rows):
+            low = np.maximum(starts + row * geometry.part, geometry.fixed_range[0])
+            high = np.minimum(starts + (row + 1) * geometry.part, geometry.fixed_range[1]) - 1
+            bounds += [(high - window.size) // unit + 1, (low - window.size + 1) // unit]
+            bounds += [(low + window.size) // unit, -(-(high + window.size) // unit)]
     walk_start, walk_stop = geometry.walk_range
     ends = {geometry.units.start, geometry.units.stop, -(-walk_start // unit), walk_stop // unit}
     bounds += [np.full(tiles.size, end) for end in ends]
@@ -230,24 +242,37 @@ class _Seen:
         tiles: np.ndarray,
         units: np.ndarray,
     ) -> None:
-        size = geometry.block_size
+        size, causal = geometry.block_size, pattern.causal
+        rule, window = pattern.token_window()
         starts = tiles[:, None] * geometry.fixed_tile
         fixed_start, fixed_stop = geometry.fixed_range
         walk_start, walk_stop = geometry.walk_range
         block = units * geometry.unit // size
+        first, last = units * geometry.unit, (units + 1) * geometry.unit - 1
         full = np.ones(np.broadcast_shapes(starts.shape, units.shape), dtype=bool)
+        some = np.zeros(full.shape, dtype=bool)
         bits = np.zeros(full.shape, dtype=np.uint8)
         for row in range(geometry.rows):
             begin = starts + row * geometry.part
             q, kv = (begin // size, block) if geometry.fixed == "q" else (block, begin // size)
             counts = (begin < fixed_stop) & (begin + geometry.part > fixed_start)
-            sees = pattern.visible(heads, q, kv)
-            full &= sees | ~counts
-            bits |= (sees & counts).view(np.uint8) << np.uint8(row)
-        first, last = units * geometry.unit, (units + 1) * geometry.unit - 1
+            sees = np.ones(full.shape, bool) if rule is None else rule.visible(heads, q, kv)
+            all_see = any_sees = sees
+            if window is not None:
+                low = np.maximum(begin, fixed_start)
+                high = np.minimum(begin + geometry.part, fixed_stop) - 1
+                queries, keys = ((low, high), (first, last))
+                if geometry.fixed == "kv":
+                    queries, keys = keys, queries
+                whole, part = _in_window(window, causal, queries, keys)
+                join = np.logical_or if window.adds else np.logical_and
+                all_see, any_sees = join(sees, whole), join(sees, part)
+            full &= all_see | ~counts
+            some |= any_sees & counts
+            bits |= (sees & any_sees & counts).view(np.uint8) << np.uint8(row)
         full &= (first >= walk_start) & (last < walk_stop)
         reached = (last >= walk_start) & (first < walk_stop)
-        if pattern.causal:
+        if causal:
             low = np.maximum(starts, fixed_start)
             high = np.minimum(starts + geometry.fixed_tile, fixed_stop) - 1
             if geometry.fixed == "q":
@@ -257,8 +282,23 @@ class _Seen:
                 full &= first >= high
                 reached = reached & (last >= low)
         self.bits = np.where(reached, bits, np.uint8(0))
-        self.some = self.bits != 0
+        self.some = some & reached
         self.full = full & self.some
+
+
+def _in_window(
+    window: Window,
+    causal: bool,
+    queries: tuple[np.ndarray, np.ndarray],
+    keys: tuple[np.ndarray, np.ndarray],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Whether all, and whether any, of the pairs lie in it; arguments are first and last tokens."""
+    far, near = queries[1] - keys[0], queries[0] - keys[1]
+    whole, part = far < window.size, near < window.size
+    if not causal:
+        whole &= -near < window.size
+        part &= -far < window.size
+    return whole, part
 
 
 def _nonzero(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -33,6 +33,8 @@ def pack(heads: list[HeadLists], geometry: Geometry) -> BlockLists:
         runs=np.concatenate([*runs, np.zeros((1, 2))]).astype(np.int32),
         partial_start=_starts(partial_counts),
         partial=np.concatenate([*partials, np.zeros(1)]).astype(np.int32),
+        holds_queries=geometry.fixed == "q",
+        fixed_tile=geometry.fixed_tile,
         num_tiles=len(geometry.tiles),
         max_runs=max(int(counts.max(initial=0)) for counts in run_counts),
         unit=geometry.unit,
@@ -81,7 +83,7 @@ def _pack_head(head: HeadLists, geometry: Geometry) -> tuple[np.ndarray, ...]:
     row = np.empty(num_tiles, dtype=np.int64)
     row[order] = np.arange(num_tiles)
     run_order = np.argsort(row[tile], kind="stable")
-    partial_order = np.argsort(row[partial_tile], kind="stable")
+    partial_order = np.lexsort((unit, row[partial_tile]))
     return (
         order + geometry.tiles.start,
         run_count[order],

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from pallas_kernels.masks import Window
 from s2_jax import measures
 from s2_jax.structure import HeadKind, Heads, Structure, boolean, integer
 
@@ -65,9 +66,13 @@ class Pattern(abc.ABC):
     def _check(self, heads: Heads, q_blocks: int, kv_blocks: int) -> None:  # noqa: B027
         """Raises ValueError where the pattern does not fit the heads or lengths of a call."""
 
+    def token_window(self) -> tuple[Pattern | None, Window | None]:
+        """The rule over blocks that a token window joins (None: all blocks), and the window."""
+        return self, None
+
     @property
     def _has_token_window(self) -> bool:
-        return False
+        return self.token_window()[1] is not None
 
     @property
     def q_block_limit(self) -> int | None:
@@ -201,9 +206,13 @@ class _Combination(Pattern):
         if len(windows) > 1 or any(isinstance(part, _Combination) for part in windows):
             raise ValueError("a token_window joins the rest once, at the top level")
 
-    @property
-    def _has_token_window(self) -> bool:
-        return any(part._has_token_window for part in self.parts)
+    def token_window(self) -> tuple[Pattern | None, Window | None]:
+        windows = [part.token_window()[1] for part in self.parts if part._has_token_window]
+        if not windows or windows[0] is None:
+            return self, None
+        rest = tuple(part for part in self.parts if not part._has_token_window)
+        joined = rest[0] if len(rest) == 1 else dataclasses.replace(self, parts=rest)
+        return joined, Window(windows[0].size, adds=isinstance(self, Union))
 
     @property
     def q_block_limit(self) -> int | None:

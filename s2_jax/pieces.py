@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Hashable
 from typing import Any
 
+from pallas_kernels.masks import Window
 from s2_jax.patterns import Pattern
 from s2_jax.structure import HeadKind, Heads, Structure, at_least_one, boolean, integer
 
@@ -80,9 +81,8 @@ class TokenWindow(_SameForAllHeads):
         super().__post_init__()
         at_least_one("window", self.window)
 
-    @property
-    def _has_token_window(self) -> bool:
-        return True
+    def token_window(self) -> tuple[Pattern | None, Window | None]:
+        return None, Window(self.window, adds=False)
 
     @property
     def _block_reach(self) -> int:

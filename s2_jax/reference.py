@@ -7,26 +7,16 @@ Queries are taken a chunk at a time (and recomputed in the backward pass), so th
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.tokens import Tokens
 from s2_jax.patterns import Pattern
 from s2_jax.structure import Heads
 
 _SCORES_PER_CHUNK = 1 << 25
-
-
-class Tokens(NamedTuple):
-    """What the mask of a call depends on besides the pattern; all optional but the offset."""
-
-    query_offset: Int[Array, " batch"]
-    segment_ids: Int[Array, "batch q_len"] | None = None
-    kv_segment_ids: Int[Array, "batch kv_len"] | None = None
-    query_seq_lengths: Int[Array, " batch"] | None = None
-    key_value_seq_lengths: Int[Array, " batch"] | None = None
 
 
 def reference_attention(
@@ -75,18 +65,18 @@ def _token_mask(
 ) -> Bool[Array, "batch heads chunk kv_len"]:
     head = jnp.asarray(heads.index, dtype=jnp.int32)[None, :, None, None]
     column = jnp.arange(kv_len, dtype=jnp.int32)
-    q_position = (tokens.query_offset[:, None] + row[None])[:, None, :, None]
+    q_position = (tokens.offset[:, None] + row[None])[:, None, :, None]
     indexed = Heads(head, heads.num_heads, heads.num_kv_heads)
     mask = pattern.visible_tokens(indexed, q_position, column[None, None, None, :])
     shape = (q_position.shape[0], head.shape[1], row.shape[0], kv_len)
     mask = jnp.broadcast_to(mask, shape)
-    if tokens.query_seq_lengths is not None:
-        mask &= (row[None, :] < tokens.query_seq_lengths[:, None])[:, None, :, None]
-    if tokens.key_value_seq_lengths is not None:
-        mask &= (column[None, :] < tokens.key_value_seq_lengths[:, None])[:, None, None, :]
-    if tokens.segment_ids is not None and tokens.kv_segment_ids is not None:
-        ids = jnp.take(tokens.segment_ids, jnp.minimum(row, q_len - 1), axis=1)
-        mask &= (ids[:, :, None] == tokens.kv_segment_ids[:, None, :])[:, None]
+    if tokens.q_length is not None:
+        mask &= (row[None, :] < tokens.q_length[:, None])[:, None, :, None]
+    if tokens.kv_length is not None:
+        mask &= (column[None, :] < tokens.kv_length[:, None])[:, None, None, :]
+    if tokens.q_ids is not None and tokens.kv_ids is not None:
+        ids = jnp.take(tokens.q_ids, jnp.minimum(row, q_len - 1), axis=1)
+        mask &= (ids[:, :, None] == tokens.kv_ids[:, None, :])[:, None]
     return mask
 
 
