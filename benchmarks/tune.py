@@ -102,15 +102,13 @@ def time_tile(kernel: str, tile: Tile, options: Options, length: int, arrays: An
         q_limit=length,
         interpret=False,
     )
-    query, key, value, grad_out, lse, delta = arrays
-    numbers = jnp.asarray(number_patterns(pattern.head_keys(*heads)), jnp.int32)
-    offset = jnp.zeros((1,), jnp.int32)
-    if kernel == "forward":
-        run = jax.jit(functools.partial(forward.forward, settings))
-        return seconds(functools.partial(run, query, key, value, numbers, offset))
-    run = jax.jit(functools.partial({"dq": backward._dq, "dkv": backward._dkv}[kernel], settings))
-    inputs = (query, key, value, grad_out, lse, delta)
-    return seconds(functools.partial(run, inputs, numbers, offset))
+    numbers = jnp.asarray([number_patterns(pattern.head_keys(*heads))], jnp.int32)
+    named = dict(zip(("query", "key", "value", "grad_out", "lse", "delta"), arrays, strict=True))
+    named |= {"pattern_of_head": numbers, "offset": jnp.zeros((1,), jnp.int32)}
+    function = {"forward": forward.forward, "dq": backward.dq, "dkv": backward.dkv}[kernel]
+    lists = getattr(settings.layouts, kernel)().arrays
+    run = jax.jit(functools.partial(function, settings))
+    return seconds(functools.partial(run, named, lists))
 
 
 def draw(options: Options, length: int) -> tuple[jax.Array, ...]:

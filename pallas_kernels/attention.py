@@ -12,10 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.backward import backward
-from pallas_kernels.call import Settings
+from pallas_kernels.backward import dkv, dq
+from pallas_kernels.call import Arrays, Settings
 from pallas_kernels.forward import forward
 from pallas_kernels.lowering import vary_alike
+from pallas_kernels.partition import KernelCall
 from pallas_kernels.softmax import LOG2_E
 from pallas_kernels.tokens import Tokens
 
@@ -34,16 +35,24 @@ class Portable:
     pattern_of_head: tuple[int, ...]
     fallback: Attention | None = None
 
-    def numbers(self, tokens: Tokens) -> jax.Array:
-        return jnp.asarray(self.pattern_of_head, jnp.int32)[tokens.head_index]
+    def arrays(self, inputs: tuple[jax.Array, ...], tokens: Tokens) -> Arrays:
+        """What every kernel takes, by name."""
+        numbers = jnp.asarray(self.pattern_of_head, jnp.int32)[tokens.head_index]
+        named = dict(zip(("query", "key", "value"), inputs, strict=True))
+        fields = {field.name: getattr(tokens, field.name) for field in dataclasses.fields(tokens)}
+        del fields["head_index"]
+        named |= {name: array for name, array in fields.items() if array is not None}
+        return named | {"pattern_of_head": numbers}
 
 
 def _forward(static: Portable, *args: Any) -> tuple[jax.Array, jax.Array]:
     """Output and LSE in log2."""
 
     def kernels(*args: Any) -> tuple[jax.Array, jax.Array]:
-        query, key, value, tokens = args
-        return forward(static.settings, query, key, value, static.numbers(tokens), tokens)
+        call = KernelCall(forward, static.settings, ("out", "lse"))
+        lists = static.settings.layouts.forward().arrays
+        out, lse = call(static.arrays(args[:3], args[3]), lists)
+        return out, lse
 
     if static.fallback is None:
         return kernels(*args)
@@ -65,16 +74,18 @@ def _forward_rule(static: Portable, *args: Any) -> Any:
 
 def _backward_rule(static: Portable, residuals: Any, grads: tuple[jax.Array, jax.Array]) -> Any:
     (query, key, value, tokens), out, lse = residuals
-    fallback = static.fallback
+    fallback, settings = static.fallback, static.settings
 
     def kernels(*operands: Any) -> tuple[jax.Array, ...]:
         inputs, tokens, out, lse, (grad_out, grad_lse) = operands
         unseeing = jnp.isneginf(lse)
         delta = jnp.sum(out.astype(jnp.float32) * grad_out.astype(jnp.float32), axis=-1)
         delta = jnp.where(unseeing, 0.0, jnp.swapaxes(delta, 1, 2) - grad_lse)
-        lse = jnp.where(unseeing, jnp.inf, lse)
-        numbers = static.numbers(tokens)
-        return backward(static.settings, inputs, numbers, tokens, lse, delta, grad_out)
+        arrays = static.arrays(inputs, tokens) | {"grad_out": grad_out, "delta": delta}
+        arrays["lse"] = jnp.where(unseeing, jnp.inf, lse)
+        grad_query = KernelCall(dq, settings, ("query",))(arrays, settings.layouts.dq().arrays)
+        grad_kv = KernelCall(dkv, settings, ("key", "value"), sums_heads=True)
+        return *grad_query, *grad_kv(arrays, settings.layouts.dkv().arrays)
 
     def elsewhere(*operands: Any) -> tuple[jax.Array, ...]:
         inputs, tokens, _, _, grads = operands

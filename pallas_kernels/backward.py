@@ -13,13 +13,22 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.call import Grid, Operands, Settings, num_query_tiles, padded_dim
+from pallas_kernels.call import (
+    Arrays,
+    Grid,
+    Settings,
+    num_query_tiles,
+    operand_specs,
+    operands,
+    padded_dim,
+)
 from pallas_kernels.lowering import call_kernel
 from pallas_kernels.program import Program, QueryTile
 from pallas_kernels.rows import load_rows, load_scalars, store_rows
 from pallas_kernels.softmax import dot
-from pallas_kernels.tokens import Tokens
 from pallas_kernels.walk import ListMeta, walk
+
+_INPUTS = ("query", "key", "value", "grad_out", "lse", "delta")
 
 
 def s2_dq_kernel(
@@ -123,43 +132,29 @@ def s2_dkv_kernel(
     store_rows(dv_ref, kv_rows, dv, exists)
 
 
-def backward(
-    settings: Settings,
-    inputs: tuple[jax.Array, jax.Array, jax.Array],
-    pattern_of_head: jax.Array,
-    tokens: Tokens,
-    lse: jax.Array,
-    delta: jax.Array,
-    grad_out: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of query, key and value.
+def dq(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Array]:
+    """The gradient of the query.
 
-    lse: as the forward kernel gives it, in log2: a rounding less than from natural log. Of a
-    query that saw nothing it is +inf, so that its weights are zeros.
-    delta: float32 `[batch, heads, q_len]`, the sum of `grad_out * out` less the LSE's gradient.
+    arrays: as for the forward kernel, and
+      grad_out: `[batch, q_len, heads, value_dim]`.
+      lse: as the forward kernel gives it, in log2: a rounding less than from natural log. Of a
+        query that saw nothing it is +inf, so that its weights are zeros.
+      delta: float32 `[batch, heads, q_len]`, the sum of `grad_out * out` less the LSE's gradient.
     """
-    arrays = (*inputs, grad_out, lse, delta)
-    return _dq(settings, arrays, pattern_of_head, tokens), *_dkv(
-        settings, arrays, pattern_of_head, tokens
-    )
-
-
-def _dq(
-    settings: Settings, arrays: tuple[jax.Array, ...], pattern_of_head: jax.Array, tokens: Tokens
-) -> jax.Array:
-    query, _, value = arrays[:3]
+    inputs = [arrays[name] for name in _INPUTS]
+    query, value = arrays["query"], arrays["value"]
     batch, q_len, num_heads, head_dim = query.shape
     kv_len, kv_heads, value_dim = value.shape[1:]
     group = num_heads // kv_heads
     lists = settings.layouts.dq()
     grid = Grid(num_heads, num_query_tiles(settings, lists, q_len), batch, lists.heads_first)
-    operands = Operands.of(settings, lists, pattern_of_head, tokens, q_len, kv_len)
-    [dq] = call_kernel(
+    named = operands(settings, lists, arrays, list_arrays)
+    [gradient] = call_kernel(
         functools.partial(
-            s2_dq_kernel, names=operands.names, settings=settings, meta=ListMeta.of(lists),
+            s2_dq_kernel, names=tuple(named), settings=settings, meta=ListMeta.of(lists),
             grid=grid,
         ),
-        (*arrays, *operands.arrays.values()),
+        (*inputs, *named.values()),
         name="s2_attention_dq",
         grid=grid.shape,
         in_specs=[
@@ -169,32 +164,32 @@ def _dq(
             grid.by_head(q_len, value_dim),
             grid.scalars(q_len),
             grid.scalars(q_len),
-            *operands.specs(grid),
+            *operand_specs(named, grid),
         ],
         out_specs=[grid.by_head(q_len, head_dim)],
         out_shape=[jax.ShapeDtypeStruct(query.shape, query.dtype)],
         tile=settings.tiles.dq,
         interpret=settings.interpret,
     )  # fmt: skip
-    return dq
+    return (gradient,)
 
 
-def _dkv(
-    settings: Settings, arrays: tuple[jax.Array, ...], pattern_of_head: jax.Array, tokens: Tokens
-) -> tuple[jax.Array, jax.Array]:
-    query, key, value = arrays[:3]
+def dkv(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+    """The gradients of key and value; arguments as for `dq`."""
+    inputs = [arrays[name] for name in _INPUTS]
+    query, key, value = inputs[:3]
     batch, q_len, num_heads, head_dim = query.shape
     kv_len, kv_heads, value_dim = value.shape[1:]
     group = num_heads // kv_heads
     lists = settings.layouts.dkv()
-    operands = Operands.of(settings, lists, pattern_of_head, tokens, q_len, kv_len)
+    named = operands(settings, lists, arrays, list_arrays)
     grid = Grid(kv_heads, lists.num_tiles, batch, lists.heads_first)
     dk, dv = call_kernel(
         functools.partial(
-            s2_dkv_kernel, names=operands.names, settings=settings, meta=ListMeta.of(lists),
+            s2_dkv_kernel, names=tuple(named), settings=settings, meta=ListMeta.of(lists),
             grid=grid, group=group,
         ),
-        (*arrays, *operands.arrays.values()),
+        (*inputs, *named.values()),
         name="s2_attention_dkv",
         grid=grid.shape,
         in_specs=[
@@ -204,7 +199,7 @@ def _dkv(
             grid.by_group(q_len, value_dim, group),
             grid.group_scalars(q_len, group),
             grid.group_scalars(q_len, group),
-            *operands.specs(grid),
+            *operand_specs(named, grid),
         ],
         out_specs=[grid.by_head(kv_len, head_dim), grid.by_head(kv_len, value_dim)],
         out_shape=[

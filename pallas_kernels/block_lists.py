@@ -13,6 +13,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 STEP_BITS = 14
 COUNT_BITS = 31 - STEP_BITS
@@ -69,3 +70,8 @@ class BlockLists:
     group: int
     rows: int
     heads_first: bool
+
+    @property
+    def arrays(self) -> dict[str, jax.Array]:
+        names = ("order", "run_start", "runs", "partial_start", "partial")
+        return {name: jnp.asarray(getattr(self, name)) for name in names}

@@ -17,7 +17,8 @@ from pallas_kernels.masks import Window
 from pallas_kernels.softmax import LOG2_E
 from pallas_kernels.spans import Axis, spans
 from pallas_kernels.tiles import TileConfig
-from pallas_kernels.tokens import Tokens
+
+Arrays = dict[str, jax.Array]
 
 
 class Layouts(Protocol):
@@ -59,64 +60,38 @@ class Settings:
         return jnp.tanh(products * (self.scale / self.soft_cap))
 
 
-def _q_axis(settings: Settings, tokens: Tokens, q_len: int) -> Axis:
-    origin = tokens.offset
-    if settings.query_offset is not None:
-        origin = jnp.full_like(tokens.offset, settings.query_offset)
-    rows = q_len if tokens.q_length is None else jnp.clip(tokens.q_length, 0, q_len)
-    last = jnp.minimum(origin + rows, settings.q_limit)
-    return Axis(q_len, origin, jnp.maximum(origin, 0), last, tokens.q_ids)
-
-
-def _kv_axis(tokens: Tokens, kv_len: int) -> Axis:
-    zero = jnp.zeros_like(tokens.offset)
-    rows = kv_len if tokens.kv_length is None else jnp.clip(tokens.kv_length, 0, kv_len)
-    return Axis(kv_len, zero, zero, zero + rows, tokens.kv_ids)
-
-
-@dataclasses.dataclass(frozen=True)
-class Operands:
+def operands(settings: Settings, lists: BlockLists, arrays: Arrays, list_arrays: Arrays) -> Arrays:
     """What a kernel takes besides queries, keys, values and their gradients, by name."""
-
-    arrays: dict[str, jax.Array]
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.arrays)
-
-    @classmethod
-    def of(
-        cls,
-        settings: Settings,
-        lists: BlockLists,
-        pattern_of_head: jax.Array,
-        tokens: Tokens,
-        q_len: int,
-        kv_len: int,
-    ) -> Operands:
-        names = ("order", "run_start", "runs", "partial_start", "partial")
-        arrays = {name: jnp.asarray(getattr(lists, name)) for name in names}
-        arrays |= {"pattern_of_head": pattern_of_head, "offset": tokens.offset}
-        q_axis, kv_axis = _q_axis(settings, tokens, q_len), _kv_axis(tokens, kv_len)
+    names = ("pattern_of_head", "offset", "q_ids", "kv_ids", "q_length", "kv_length")
+    named = list_arrays | {name: arrays[name] for name in names if name in arrays}
+    walks_traced = settings.query_offset is None and not lists.holds_queries
+    if walks_traced or not named.keys().isdisjoint(("q_ids", "q_length", "kv_length")):
+        q_axis, kv_axis = _axes(settings, arrays)
         fixed, walked = (q_axis, kv_axis) if lists.holds_queries else (kv_axis, q_axis)
-        masked = [tokens.q_length, tokens.kv_length, tokens.q_ids]
-        if any(array is not None for array in masked) or (
-            settings.query_offset is None and not lists.holds_queries
-        ):
-            arrays["spans"] = spans(fixed, lists.fixed_tile, walked, lists.unit)
-        if tokens.q_ids is not None:
-            arrays |= {"q_ids": tokens.q_ids, "kv_ids": tokens.kv_ids}
-        for name in ("q_length", "kv_length"):
-            if getattr(tokens, name) is not None:
-                arrays[name] = getattr(tokens, name)
-        return cls(arrays)
+        named["spans"] = spans(fixed, lists.fixed_tile, walked, lists.unit)
+    return named
 
-    def specs(self, grid: Grid) -> list[pl.BlockSpec]:
-        by_batch = ("spans", "q_ids", "kv_ids")
-        return [
-            grid.by_batch(array.shape) if name in by_batch else _whole(array)
-            for name, array in self.arrays.items()
-        ]
+
+def operand_specs(named: Arrays, grid: Grid) -> list[pl.BlockSpec]:
+    by_batch = ("spans", "q_ids", "kv_ids", "pattern_of_head")
+    return [
+        grid.by_batch(array.shape) if name in by_batch else _whole(array)
+        for name, array in named.items()
+    ]
+
+
+def _axes(settings: Settings, arrays: Arrays) -> tuple[Axis, Axis]:
+    """Queries and keys, and which of them count."""
+    offset, q_len, kv_len = arrays["offset"], arrays["query"].shape[1], arrays["key"].shape[1]
+    origin = offset
+    if settings.query_offset is not None:
+        origin = jnp.full_like(offset, settings.query_offset)
+    zero = jnp.zeros_like(offset)
+    rows = jnp.clip(arrays["q_length"], 0, q_len) if "q_length" in arrays else zero + q_len
+    last = jnp.minimum(origin + rows, settings.q_limit)
+    queries = Axis(q_len, origin, jnp.maximum(origin, 0), last, arrays.get("q_ids"))
+    rows = jnp.clip(arrays["kv_length"], 0, kv_len) if "kv_length" in arrays else zero + kv_len
+    return queries, Axis(kv_len, zero, zero, rows, arrays.get("kv_ids"))
 
 
 @dataclasses.dataclass(frozen=True)

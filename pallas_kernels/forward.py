@@ -12,12 +12,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.call import Grid, Operands, Settings, num_query_tiles, padded_dim
+from pallas_kernels.call import (
+    Arrays,
+    Grid,
+    Settings,
+    num_query_tiles,
+    operand_specs,
+    operands,
+    padded_dim,
+)
 from pallas_kernels.lowering import call_kernel
 from pallas_kernels.program import Program, QueryTile
 from pallas_kernels.rows import load_rows, store_rows, store_scalars
 from pallas_kernels.softmax import Softmax, dot
-from pallas_kernels.tokens import Tokens
 from pallas_kernels.walk import ListMeta, walk
 
 
@@ -52,35 +59,32 @@ def s2_forward_kernel(
     store_scalars(lse_ref, tile.rows, tile.blank(program, lse, -jnp.inf, jnp.nan), tile.exists)
 
 
-def forward(
-    settings: Settings,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    pattern_of_head: jax.Array,
-    tokens: Tokens,
-) -> tuple[jax.Array, jax.Array]:
-    """Output `[batch, q_len, heads, value_dim]` and LSE, in log2, `[batch, heads, q_len]`."""
+def forward(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+    """Output `[batch, q_len, heads, value_dim]` and LSE, in log2, `[batch, heads, q_len]`.
+
+    arrays: query, key, value, pattern_of_head and those of `Tokens`, by name. list_arrays: of
+    the layout, whose static side the settings hold.
+    """
+    query, key, value = (arrays[name] for name in ("query", "key", "value"))
     batch, q_len, num_heads, head_dim = query.shape
     kv_len, kv_heads, value_dim = value.shape[1:]
     group = num_heads // kv_heads
     lists = settings.layouts.forward()
-    rows = num_query_tiles(settings, lists, q_len)
-    grid = Grid(num_heads, rows, batch, lists.heads_first)
-    operands = Operands.of(settings, lists, pattern_of_head, tokens, q_len, kv_len)
+    grid = Grid(num_heads, num_query_tiles(settings, lists, q_len), batch, lists.heads_first)
+    named = operands(settings, lists, arrays, list_arrays)
     out, lse = call_kernel(
         functools.partial(
-            s2_forward_kernel, names=operands.names, settings=settings, meta=ListMeta.of(lists),
+            s2_forward_kernel, names=tuple(named), settings=settings, meta=ListMeta.of(lists),
             grid=grid,
         ),
-        (query, key, value, *operands.arrays.values()),
+        (query, key, value, *named.values()),
         name="s2_attention_forward",
         grid=grid.shape,
         in_specs=[
             grid.by_head(q_len, head_dim),
             grid.by_head(kv_len, head_dim, group),
             grid.by_head(kv_len, value_dim, group),
-            *operands.specs(grid),
+            *operand_specs(named, grid),
         ],
         out_specs=[
             grid.by_head(q_len, value_dim),

@@ -18,7 +18,7 @@ import jax
 class Tokens:
     """What the mask of a call depends on and is known only at run time.
 
-    head_index: int32 `[heads]`, the numbers of the query heads in the whole call.
+    head_index: int32 `[batch, heads]`, the numbers of the query heads in the whole call.
     offset: int32 `[batch]`, position of query 0; read where `Settings.query_offset` is None.
     q_ids, kv_ids: int32 `[batch, q_len]` and `[batch, kv_len]`; tokens see equal ids. Or None.
     q_length, kv_length: int32 `[batch]`, leading rows that count. Or None.

@@ -150,6 +150,7 @@ def _operands(call: Call) -> tuple[Any, ...]:
     offset = call.query_offset
     if isinstance(offset, int):
         offset = jnp.full((batch,), offset, jnp.int32)
+    index = jnp.broadcast_to(index[None], (batch, local_heads))
     tokens = Tokens(
         index, offset, call.segment_ids, call.kv_segment_ids,
         call.query_seq_lengths, call.key_value_seq_lengths,

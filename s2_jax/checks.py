@@ -98,10 +98,9 @@ def check_call(
         rows["kv_segment_ids"] = rows["segment_ids"]
     if rows["segment_ids"] is None and rows["kv_segment_ids"] is not None:
         raise ValueError("kv_segment_ids needs segment_ids")
-    if rows["segment_ids"] is not None:
-        dtypes = (rows["segment_ids"].dtype, rows["kv_segment_ids"].dtype)
-        if dtypes[0] != dtypes[1]:
-            raise TypeError(f"segment_ids and kv_segment_ids must share one dtype, got {dtypes}")
+    given = [ids.dtype for ids in (segment_ids, kv_segment_ids) if ids is not None]
+    if len(set(given)) > 1:
+        raise TypeError(f"segment_ids and kv_segment_ids must share one dtype, got {given}")
     lengths = {
         name: _check_lengths(name, array, batch, limit, unbatched)
         for name, array, limit in (
@@ -217,9 +216,11 @@ def _check_ids(name: str, ids: Any, batch: int, length: int, unbatched: bool) ->
     expected = (length,) if unbatched else (batch, length)
     if ids.shape != expected:
         raise ValueError(f"{name} must have shape {expected}, got {ids.shape}")
-    if ids.dtype.itemsize > 4 and not jax.config.read("jax_enable_x64"):
-        raise TypeError(f"{name} is {ids.dtype}, which JAX would cut to 32 bits: cast it to int32")
+    if ids.dtype.itemsize > 4:
+        raise TypeError(f"{name} is {ids.dtype}; ids of more than 32 bits must be cast to int32")
     ids = jnp.asarray(ids)
+    unsigned = ids.dtype == jnp.uint32  # only equality matters
+    ids = jax.lax.bitcast_convert_type(ids, jnp.int32) if unsigned else ids.astype(jnp.int32)
     return ids[None] if unbatched else ids
 
 

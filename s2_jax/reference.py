@@ -33,8 +33,8 @@ def reference_attention(
     """Output in the inputs' dtype and LSE in float32 (float64 for float64 inputs).
 
     Scores, softmax and accumulation are float32 (float64 for float64); the probabilities are
-    cast to the inputs' dtype before they meet the values, as in the kernels. `heads.index` are
-    the pattern's numbers of the query heads given.
+    cast to the inputs' dtype before they meet the values, as in the kernels. `heads.index`
+    `[batch, heads]` are the pattern's numbers of the query heads given.
     """
     batch, q_len, num_heads, _ = query.shape
     kv_len = key.shape[1]
@@ -63,12 +63,12 @@ def _token_mask(
     q_len: int,
     kv_len: int,
 ) -> Bool[Array, "batch heads chunk kv_len"]:
-    head = jnp.asarray(heads.index, dtype=jnp.int32)[None, :, None, None]
+    head = jnp.asarray(heads.index, dtype=jnp.int32)[:, :, None, None]
     column = jnp.arange(kv_len, dtype=jnp.int32)
     q_position = (tokens.offset[:, None] + row[None])[:, None, :, None]
     indexed = Heads(head, heads.num_heads, heads.num_kv_heads)
     mask = pattern.visible_tokens(indexed, q_position, column[None, None, None, :])
-    shape = (q_position.shape[0], head.shape[1], row.shape[0], kv_len)
+    shape = (*head.shape[:2], row.shape[0], kv_len)
     mask = jnp.broadcast_to(mask, shape)
     if tokens.q_length is not None:
         mask &= (row[None, :] < tokens.q_length[:, None])[:, None, :, None]

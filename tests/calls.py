@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import s2_jax
 from s2_jax import Pattern, Tile, TileConfig
 
 RESULTS = ("out", "lse", "dq", "dk", "dv")
+KERNELS = ("triton", "jax_triton", "interpret")
 
 
 def small_tiles(block_q: int = 32, block_kv: int = 32) -> TileConfig:
@@ -26,6 +28,12 @@ SMALL_TILES = small_tiles()
 
 @dataclasses.dataclass(frozen=True)
 class AttentionCall:
+    """window: tokens of a token window that joins the pattern, with `|` or with `&`.
+
+    segments: how the ids lie: "packed" documents in a row, "padded" (the last one has id 0),
+    "shuffled" (documents in any order of ids, some ids twice) or "random" for each token.
+    """
+
     pattern: Pattern
     q_len: int = 97
     kv_len: int = 97
@@ -33,7 +41,14 @@ class AttentionCall:
     kv_heads: int = 1
     head_dim: int = 16
     batch: int = 1
+    value_dim: int | None = None
     query_offset: int | tuple[int, ...] = 0
+    window: int | None = None
+    window_joins: str = "|"
+    segments: str | None = None
+    query_lengths: tuple[int, ...] | None = None
+    kv_lengths: tuple[int, ...] | None = None
+    soft_cap: float | None = None
     scale: float | None = None
     dtype: str = "float32"
     tiles: TileConfig | None = SMALL_TILES
@@ -48,70 +63,167 @@ class AttentionCall:
         rng = np.random.default_rng(self.seed)
         q_shape = (self.batch, self.q_len, self.heads, self.head_dim)
         kv_shape = (self.batch, self.kv_len, self.kv_heads, self.head_dim)
-        shapes = {"query": q_shape, "key": kv_shape, "value": kv_shape, "d_out": q_shape}
+        value_dim = (self.value_dim or self.head_dim,)
+        shapes = {"query": q_shape, "key": kv_shape, "value": kv_shape[:3] + value_dim}
+        shapes["d_out"] = q_shape[:3] + value_dim
         shapes["d_lse"] = (self.batch, self.heads, self.q_len)
         dtypes = dict.fromkeys(shapes, jnp.dtype(self.dtype)) | {"d_lse": np.dtype("float32")}
         return {name: rng.normal(size=shapes[name]).astype(dtypes[name]) for name in shapes}
 
-    def run(self, implementation: str | None) -> dict[str, np.ndarray]:
-        """Output, LSE and the gradients of query, key and value."""
-        inputs = {name: jnp.asarray(array) for name, array in self.inputs().items()}
-        offset: Any = self.query_offset
-        if isinstance(offset, tuple):
-            offset = jnp.asarray(offset, jnp.int32)
-        kernels = implementation in ("triton", "interpret")
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        offset = self.query_offset
+        return offset if isinstance(offset, tuple) else (offset,) * self.batch
 
-        def attend(query, key, value, offset):
-            return s2_jax.s2_attention(
-                query, key, value, self.pattern, scale=self.scale, return_lse=True,
-                query_offset=self.query_offset if isinstance(self.query_offset, int) else offset,
-                implementation=implementation, tiles=self.tiles if kernels else None,
-            )  # fmt: skip
+    @property
+    def whole_pattern(self) -> Pattern:
+        if self.window is None:
+            return self.pattern
+        window = s2_jax.token_window(
+            self.window, block_size=self.pattern.block_size, causal=self.pattern.causal
+        )
+        return self.pattern | window if self.window_joins == "|" else self.pattern & window
 
-        return _with_gradients(attend, inputs, offset)
+    def ids(self) -> tuple[np.ndarray, np.ndarray]:
+        """Segment ids of queries and keys, int32 `[batch, q_len]` and `[batch, kv_len]`."""
+        rng = np.random.default_rng(self.seed + 1)
+        length = max(max(self.offsets) + self.q_len, self.kv_len)
+        rows = []
+        for _ in range(self.batch):
+            cuts = np.sort(rng.choice(length, size=min(length, 5), replace=False))
+            ids = np.searchsorted(cuts, np.arange(length), side="right") + 1
+            if self.segments == "padded":
+                ids[ids == ids.max()] = 0
+            elif self.segments == "shuffled":
+                ids = rng.integers(-3, 3, size=7)[ids]
+            elif self.segments == "random":
+                ids = rng.integers(0, 3, size=length)
+            rows.append(ids)
+        table = np.stack(rows).astype(np.int32)
+        queries = [row[start : start + self.q_len] for row, start in zip(table, self.offsets)]
+        return np.stack(queries), table[:, : self.kv_len]
+
+    def masks(self) -> dict[str, jax.Array]:
+        """The arguments of `s2_attention` that are arrays and hide tokens."""
+        found = {}
+        if self.segments is not None:
+            q_ids, kv_ids = self.ids()
+            found["segment_ids"] = q_ids
+            if not np.array_equal(q_ids, kv_ids):
+                found["kv_segment_ids"] = kv_ids
+        if self.query_lengths is not None:
+            found["query_seq_lengths"] = np.asarray(self.query_lengths, np.int32)
+        if self.kv_lengths is not None:
+            found["key_value_seq_lengths"] = np.asarray(self.kv_lengths, np.int32)
+        return {name: jnp.asarray(array) for name, array in found.items()}
+
+    @property
+    def static(self) -> AttentionCall:
+        """The same for all calls that share a compiled program."""
+        return dataclasses.replace(
+            self,
+            seed=0,
+            segments=self.segments and "packed",
+            query_offset=0 if self.traced else self.query_offset,
+            query_lengths=self.query_lengths and (0,) * self.batch,
+            kv_lengths=self.kv_lengths and (0,) * self.batch,
+        )
+
+    @property
+    def traced(self) -> bool:
+        return isinstance(self.query_offset, tuple)
+
+    def run(self, implementation: str | None, **changes: np.ndarray) -> dict[str, np.ndarray]:
+        """Output, LSE and the gradients of query, key and value; `changes` replace inputs."""
+        inputs = self.inputs() | changes
+        offset = jnp.asarray(self.offsets, jnp.int32)
+        program = _program(self.static, self.traced, implementation)
+        results = program(inputs, offset, self.masks())
+        return dict(zip(RESULTS, map(np.asarray, results), strict=True))
+
+    def attend(self, implementation: str | None, query, key, value, offset, masks) -> Any:
+        return s2_jax.s2_attention(
+            query, key, value, self.whole_pattern, scale=self.scale, return_lse=True,
+            query_offset=offset, logits_soft_cap=self.soft_cap, implementation=implementation,
+            tiles=self.tiles if implementation in KERNELS else None, **masks,
+        )  # fmt: skip
 
     def oracle(self) -> dict[str, np.ndarray]:
-        """The same in float64, dense, from an explicit token mask."""
-        with jax.enable_x64(True):
-            inputs = {name: jnp.asarray(a, jnp.float64) for name, a in self.inputs().items()}
-            scale = self.head_dim**-0.5 if self.scale is None else self.scale
-            return _with_gradients(_dense, inputs, jnp.asarray(self.token_mask()), scale)
+        """The same in float64: NumPy, dense, from an explicit token mask."""
+        inputs = {name: array.astype(np.float64) for name, array in self.inputs().items()}
+        scale = self.head_dim**-0.5 if self.scale is None else self.scale
+        return _dense(**inputs, mask=self.token_mask(), scale=scale, cap=self.soft_cap)
 
     def token_mask(self) -> np.ndarray:
-        """bool `[batch, heads, q_len, kv_len]`, from the block mask and nothing else."""
-        offsets = self.query_offset
-        offsets = offsets if isinstance(offsets, tuple) else (offsets,) * self.batch
+        """bool `[batch, heads, q_len, kv_len]`, from the block mask and definitions alone."""
         size = self.pattern.block_size
-        rows = max(offsets) + self.q_len
+        rows = max(self.offsets) + self.q_len
         blocks = self.pattern.block_mask_at(
             num_heads=self.heads, num_kv_heads=self.kv_heads,
             q_blocks=-(-rows // size), kv_blocks=-(-self.kv_len // size),
         )  # fmt: skip
         tokens = np.kron(blocks, np.ones((1, size, size), bool))[:, :rows, : self.kv_len]
+        distance = np.arange(rows)[:, None] - np.arange(self.kv_len)[None]
+        if self.window is not None:
+            near = np.abs(distance) < self.window
+            tokens = tokens | near if self.window_joins == "|" else tokens & near
         if self.pattern.causal:
-            tokens = tokens & np.tri(rows, self.kv_len, dtype=bool)
-        return np.stack([tokens[:, offset : offset + self.q_len] for offset in offsets])
+            tokens = tokens & (distance >= 0)
+        mask = np.stack([tokens[:, start : start + self.q_len] for start in self.offsets])
+        if self.segments is not None:
+            q_ids, kv_ids = self.ids()
+            mask &= (q_ids[:, :, None] == kv_ids[:, None, :])[:, None]
+        for name, axis in (("query_lengths", 2), ("kv_lengths", 3)):
+            if (lengths := getattr(self, name)) is not None:
+                inside = np.arange(mask.shape[axis]) < np.asarray(lengths)[:, None]
+                mask &= np.expand_dims(inside, (1, 5 - axis))
+        return mask
 
 
-def _with_gradients(attend, inputs: dict[str, Any], *more: Any) -> dict[str, np.ndarray]:
+@functools.lru_cache(maxsize=64)
+def _program(call: AttentionCall, traced: bool, implementation: str | None) -> Any:
     @jax.jit
-    def run(query, key, value, d_out, d_lse, *more):
-        (out, lse), pull_back = jax.vjp(lambda *qkv: attend(*qkv, *more), query, key, value)
-        return out, lse, *pull_back((d_out.astype(out.dtype), d_lse.astype(lse.dtype)))
+    def run(inputs, offset, masks):
+        def attend(query, key, value):
+            start = offset if traced else call.query_offset
+            return call.attend(implementation, query, key, value, start, masks)
 
-    results = run(*inputs.values(), *more)
-    return dict(zip(RESULTS, map(np.asarray, results), strict=True))
+        (out, lse), pull_back = jax.vjp(attend, *(inputs[x] for x in ("query", "key", "value")))
+        grads = (inputs["d_out"].astype(out.dtype), inputs["d_lse"].astype(lse.dtype))
+        return out, lse, *pull_back(grads)
+
+    return run
 
 
-def _dense(query, key, value, mask, scale):
-    group = query.shape[2] // key.shape[2]
-    key, value = jnp.repeat(key, group, axis=2), jnp.repeat(value, group, axis=2)
-    scores = jnp.einsum("bqnh,bknh->bnqk", query, key) * scale
-    some = mask.any(axis=-1)
-    safe = jnp.where(mask | ~some[..., None], scores, -jnp.inf)
-    weights = jnp.where(some[..., None], jax.nn.softmax(safe, axis=-1), 0.0)
-    lse = jnp.where(some, jax.nn.logsumexp(safe, axis=-1), -jnp.inf)
-    return jnp.einsum("bnqk,bknh->bqnh", weights, value), lse
+def _dense(query, key, value, d_out, d_lse, mask, scale, cap):
+    """softmax(mask(cap(q k))) v and its gradients, by the book."""
+    kv_heads, group = key.shape[2], query.shape[2] // key.shape[2]
+    key, value = np.repeat(key, group, axis=2), np.repeat(value, group, axis=2)
+    scores = np.einsum("bqnh,bknh->bnqk", query, key) * scale
+    slope = 1.0
+    if cap is not None:
+        tanh = np.tanh(scores / cap)
+        scores, slope = cap * tanh, 1 - tanh**2
+    peak = np.max(scores, axis=-1, initial=-1e300, where=mask, keepdims=True)
+    weights = np.where(mask, np.exp(np.where(mask, scores - peak, 0)), 0)
+    total = weights.sum(axis=-1, keepdims=True)
+    some = total > 0
+    weights = weights / np.where(some, total, 1)
+    lse = np.where(some, peak + np.log(np.where(some, total, 1)), -np.inf)[..., 0]
+    d_weights = np.einsum("bqnh,bknh->bnqk", d_out, value)
+    delta = (weights * d_weights).sum(axis=-1, keepdims=True)
+    d_scores = weights * (d_weights - delta + d_lse[..., None]) * slope * scale
+
+    def ungroup(array):
+        return array.reshape(*array.shape[:2], kv_heads, group, -1).sum(axis=3)
+
+    return {
+        "out": np.einsum("bnqk,bknh->bqnh", weights, value),
+        "lse": lse,
+        "dq": np.einsum("bnqk,bknh->bqnh", d_scores, key),
+        "dk": ungroup(np.einsum("bnqk,bqnh->bknh", d_scores, query)),
+        "dv": ungroup(np.einsum("bnqk,bqnh->bknh", weights, d_out)),
+    }
 
 
 def assert_as_good_as(
@@ -135,13 +247,8 @@ def assert_as_good_as(
 
 
 def check(call: AttentionCall, implementation: str) -> None:
-    """`implementation` is as good as the rule asks, in its output and all gradients.
-
-    The oracle runs on the CPU, also where the kernels and the reference run on a GPU.
-    """
-    with jax.default_device(jax.devices("cpu")[0]):
-        oracle = call.oracle()
-    reference = call.run("reference")
+    """`implementation` is as good as the rule asks, in its output and all gradients."""
+    oracle, reference = call.oracle(), call.run("reference")
     if implementation != "reference":
         assert_as_good_as(call.run(implementation), reference, oracle, call.dtype)
         return

@@ -21,13 +21,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Every example compiles, so that shrinking one would take minutes; the "deep" profile does.
 settings.register_profile(
     "default",
+    max_examples=10,
     deadline=None,
     derandomize=True,
     print_blob=True,
     phases=(Phase.explicit, Phase.generate),
 )
-settings.register_profile("deep", deadline=None, print_blob=True)
-settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+settings.register_profile("deep", max_examples=80, deadline=None, print_blob=True)
+settings.load_profile("default")  # --hypothesis-profile comes after this
 
 
 @pytest.fixture(

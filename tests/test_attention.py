@@ -4,8 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import s2_jax
 from s2_jax import Tile, TileConfig
@@ -95,65 +93,6 @@ CALLS = {
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
 def test_agrees_with_the_oracle(call, implementation):
     check(call, implementation)
-
-
-def _pattern(draw, common, depth):
-    number = lambda most: draw(st.integers(1, most))  # noqa: E731
-    kinds = ["local", "vertical", "dilated", "sink", "s2"]
-    kind = draw(st.sampled_from(kinds + ["or", "and", "distance"] * (depth < 2)))
-    if kind == "local":
-        return s2_jax.local(number(4), **common)
-    if kind == "vertical":
-        offset, heads = number(5), draw(st.sampled_from(["kv", "query"]))
-        return s2_jax.vertical_stride(number(5), head_offset=offset, heads=heads, **common)
-    if kind == "dilated":
-        return s2_jax.dilated_stride(number(4), **common)
-    if kind == "sink":
-        return s2_jax.sink(number(2), **common)
-    if kind == "s2":
-        return s2_jax.local_stride(number(3), number(6), **common)
-    if kind == "distance":
-        near = draw(st.integers(0, 3))
-        far = draw(st.sampled_from([None, near + 1, near + 3]))
-        return _pattern(draw, common, depth + 1).at_distance(near, far)
-    left, right = _pattern(draw, common, depth + 1), _pattern(draw, common, depth + 1)
-    return left | right if kind == "or" else left & right
-
-
-@st.composite
-def calls(draw, block_size: int):
-    block_q, block_kv = draw(st.sampled_from([(16, 16), (16, 32), (32, 16), (32, 32), (64, 16)]))
-    several = draw(st.sampled_from([True, True, False]))
-    q_len = draw(st.integers(2 * block_q + 1, 4 * block_q + 7) if several else st.integers(1, 40))
-    kv_len = draw(st.integers(2 * block_kv + 1, 160) if several else st.integers(1, 70))
-    kv_heads = draw(st.sampled_from([1, 2, 3]))
-    causal = draw(st.booleans())
-    return AttentionCall(
-        _pattern(draw, {"block_size": block_size, "causal": causal}, 0),
-        q_len=q_len,
-        kv_len=kv_len,
-        heads=kv_heads * draw(st.sampled_from([1, 2, 3])),
-        kv_heads=kv_heads,
-        head_dim=draw(st.sampled_from([16, 20, 32])),
-        query_offset=draw(st.sampled_from([0, 0, 1, 31, 64])),
-        dtype=draw(st.sampled_from(["float32", "bfloat16", "float16"])),
-        tiles=small_tiles(block_q, block_kv),
-        seed=draw(st.integers(0, 99)),
-    )
-
-
-@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
-def test_drawn_calls_agree_with_the_oracle(kernels, block_size):
-    several = []
-
-    @settings(max_examples=10)
-    @given(calls(block_size))
-    def drawn(call):
-        several.append(call.spans_several_tiles)
-        check(call, kernels)
-
-    drawn()
-    assert sum(several) >= len(several) / 2
 
 
 def test_no_query_depends_on_later_tokens(implementation):

@@ -111,12 +111,9 @@ def test_the_platform_of_the_lowering_decides():
 
 
 def test_what_kernels_lack_is_an_error_on_a_gpu_and_never_quadratic():
-    shape = (1, 256, 2, 64)
-    with pytest.raises(NotImplementedError, match="logits_soft_cap"):
-        lowered(
-            lambda q, k, v: s2_jax.s2_attention(q, k, v, s2_jax.local(2), logits_soft_cap=30.0),
-            *(shape,) * 3,
-        )
+    shape = (1, 256, 2, 288)
+    with pytest.raises(NotImplementedError, match="head dims above 256"):
+        lowered(lambda q, k, v: s2_jax.s2_attention(q, k, v, s2_jax.local(2)), *(shape,) * 3)
 
 
 def test_an_old_gpu_gets_one_warning_and_the_reference():

@@ -1,0 +1,84 @@
+"""Patterns and calls for hypothesis to draw."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from hypothesis import strategies as st
+
+import s2_jax
+from tests.calls import AttentionCall, small_tiles
+
+SEGMENTS = ("packed", "padded", "shuffled", "random")
+VARIANTS = 8
+
+
+def _pattern(draw, common, depth=0):
+    number = lambda most: draw(st.integers(1, most))  # noqa: E731
+    kinds = ["local", "vertical", "dilated", "sink", "s2"]
+    kind = draw(st.sampled_from(kinds + ["or", "and", "distance"] * (depth < 2)))
+    if kind == "local":
+        return s2_jax.local(number(4), **common)
+    if kind == "vertical":
+        offset, heads = number(5), draw(st.sampled_from(["kv", "query"]))
+        return s2_jax.vertical_stride(number(5), head_offset=offset, heads=heads, **common)
+    if kind == "dilated":
+        return s2_jax.dilated_stride(number(4), **common)
+    if kind == "sink":
+        return s2_jax.sink(number(2), **common)
+    if kind == "s2":
+        return s2_jax.local_stride(number(3), number(6), **common)
+    if kind == "distance":
+        near = draw(st.integers(0, 3))
+        far = draw(st.sampled_from([None, near + 1, near + 3]))
+        return _pattern(draw, common, depth + 1).at_distance(near, far)
+    left, right = _pattern(draw, common, depth + 1), _pattern(draw, common, depth + 1)
+    return left | right if kind == "or" else left & right
+
+
+@st.composite
+def call_families(draw, block_size: int) -> list[AttentionCall]:
+    """Calls that share one compiled program: one shape and pattern, other tokens hidden in each."""
+    pattern = _pattern(draw, {"block_size": block_size, "causal": draw(st.booleans())})
+    block_q, block_kv = draw(st.sampled_from([(16, 16), (16, 32), (32, 16), (32, 32), (64, 16)]))
+    several = draw(st.sampled_from([True, True, False]))
+    q_len = draw(st.integers(2 * block_q + 1, 4 * block_q + 7) if several else st.integers(1, 40))
+    kv_len = draw(st.integers(2 * block_kv + 1, 160) if several else st.integers(1, 70))
+    if draw(st.booleans()):
+        kv_len = q_len = max(q_len, kv_len) if several else q_len
+    kv_heads = draw(st.sampled_from([1, 2, 3]))
+    head_dim = draw(st.sampled_from([16, 20, 32]))
+    batch = draw(st.sampled_from([1, 2]))
+    traced = draw(st.sampled_from([False, False, True]))
+    call = AttentionCall(
+        pattern,
+        q_len=q_len,
+        kv_len=kv_len,
+        heads=kv_heads * draw(st.sampled_from([1, 2, 3])),
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        value_dim=draw(st.sampled_from([head_dim, head_dim, 16, 24])),
+        batch=batch,
+        query_offset=draw(st.sampled_from([0, 0, 1, 31, 64])),
+        window=draw(st.sampled_from([None, None, 1, 23, 64, 90])),
+        window_joins=draw(st.sampled_from("|&")),
+        soft_cap=draw(st.sampled_from([None, None, 2.0])),
+        dtype=draw(st.sampled_from(["float32", "bfloat16", "float16"])),
+        tiles=small_tiles(block_q, block_kv),
+    )
+    hidden = {name: draw(st.booleans()) for name in ("segments", "query", "key")}
+
+    def lengths(limit: int) -> tuple[int, ...]:
+        return tuple(draw(st.integers(0, limit)) for _ in range(batch))
+
+    return [
+        dataclasses.replace(
+            call,
+            seed=draw(st.integers(0, 99)),
+            query_offset=lengths(max(q_len, kv_len)) if traced else call.query_offset,
+            segments=draw(st.sampled_from(SEGMENTS)) if hidden["segments"] else None,
+            query_lengths=lengths(q_len) if hidden["query"] else None,
+            kv_lengths=lengths(kv_len) if hidden["key"] else None,
+        )
+        for _ in range(VARIANTS)
+    ]
