@@ -64,6 +64,12 @@ class Settings:
         if not self.frameworks:
             raise ValueError("frameworks must name at least one")
 
+    def recorded(self) -> dict[str, Any]:
+        """What the result says of them."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if k != "out"} | {
+            "dtype": "bfloat16"
+        }
+
 
 def make_cases(settings: Settings) -> tuple[list[Case], list[Case]]:
     """The dense cases, one a length, and the sparse ones; shortest first."""
@@ -110,7 +116,7 @@ def run(settings: Settings, gpu: dict[str, str]) -> dict[str, Any]:
         "gpu": gpu,
         "versions": report.versions(),
         "commit": report.commit(),
-        "settings": dataclasses.asdict(settings) | {"out": str(settings.out), "dtype": "bfloat16"},
+        "settings": settings.recorded(),
         "block_size": BLOCK_SIZE,
         "frameworks": {},
         "rows": [],

@@ -55,7 +55,19 @@ class KernelCall:
     sums_heads: bool = False
 
     def __call__(self, arrays: Arrays, lists: Arrays) -> tuple[jax.Array, ...]:
-        return _mappable(self)(arrays, lists)
+        return _undifferentiable(self, arrays, lists)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _undifferentiable(call: KernelCall, arrays: Arrays, lists: Arrays) -> tuple[jax.Array, ...]:
+    return _mappable(call)(arrays, lists)
+
+
+@_undifferentiable.defjvp
+def _(call: KernelCall, primals: Any, tangents: Any) -> Any:
+    raise NotImplementedError(
+        'the kernels have no second derivatives; implementation="reference" has'
+    )
 
 
 @functools.lru_cache(maxsize=512)
