@@ -1,5 +1,6 @@
 """Every kernel, at every tile configuration that can be picked, lowers for CUDA without a GPU."""
 
+import functools
 import itertools
 
 import jax
@@ -9,6 +10,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import s2_jax
 from pallas_kernels.tiles import TileConfig, pick_tiles
+from tests.test_masks import CALLS as MASKED
 
 KERNELS = ("s2_attention_forward", "s2_attention_dq", "s2_attention_dkv")
 H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
@@ -138,3 +140,27 @@ def test_short_tiles_can_be_given():
         *(shape,) * 3,
     )
     assert KERNELS[0] in text
+
+
+FEATURES = {name: call for name, call in MASKED.items() if call.tiles is not None}
+
+
+@pytest.mark.parametrize("call", FEATURES.values(), ids=FEATURES)
+def test_every_feature_lowers(call):
+    """What test_masks.py interprets is lowered for CUDA too, with its gradients."""
+    inputs = {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in call.inputs().items()}
+    arrays = [inputs[name] for name in ("query", "key", "value")]
+    offset = jax.ShapeDtypeStruct((call.batch,), jnp.int32) if call.traced else call.query_offset
+    with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=H100)):
+        masks = call.masks()
+
+        def loss(*arrays, offset):
+            out, lse = call.attend("triton", *arrays, offset, masks)
+            return out.astype(jnp.float32).sum() + lse.sum()
+
+        if not call.traced:
+            loss = functools.partial(loss, offset=offset)
+        run = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+        traced = run.trace(*arrays, **({"offset": offset} if call.traced else {}))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert all(kernel in text for kernel in KERNELS)
