@@ -10,10 +10,10 @@ README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=["call", "linen", "nnx"])
+@pytest.mark.parametrize("example", EXAMPLES, ids=["call", "linen", "nnx", "packed"])
 def test_example_runs(example):
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         names = {}
         exec(compile(example, "README.md", "exec"), names)
-    result = names.get("y", names.get("out"))
+    result = next(names[name] for name in ("y", "out", "gradient") if name in names)
     assert jax.numpy.isfinite(result).all()
