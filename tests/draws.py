@@ -13,7 +13,7 @@ SEGMENTS = ("packed", "padded", "shuffled", "random")
 VARIANTS = 8
 
 
-def _pattern(draw, common, depth=0):
+def draw_pattern(draw, common, depth=0):
     number = lambda most: draw(st.integers(1, most))  # noqa: E731
     kinds = ["local", "vertical", "dilated", "sink", "s2"]
     kind = draw(st.sampled_from(kinds + ["or", "and", "distance"] * (depth < 2)))
@@ -31,15 +31,15 @@ def _pattern(draw, common, depth=0):
     if kind == "distance":
         near = draw(st.integers(0, 3))
         far = draw(st.sampled_from([None, near + 1, near + 3]))
-        return _pattern(draw, common, depth + 1).at_distance(near, far)
-    left, right = _pattern(draw, common, depth + 1), _pattern(draw, common, depth + 1)
+        return draw_pattern(draw, common, depth + 1).at_distance(near, far)
+    left, right = draw_pattern(draw, common, depth + 1), draw_pattern(draw, common, depth + 1)
     return left | right if kind == "or" else left & right
 
 
 @st.composite
 def call_families(draw, block_size: int) -> list[AttentionCall]:
     """Calls that share one compiled program: one shape and pattern, other tokens hidden in each."""
-    pattern = _pattern(draw, {"block_size": block_size, "causal": draw(st.booleans())})
+    pattern = draw_pattern(draw, {"block_size": block_size, "causal": draw(st.booleans())})
     block_q, block_kv = draw(st.sampled_from([(16, 16), (16, 32), (32, 16), (32, 32), (64, 16)]))
     several = draw(st.sampled_from([True, True, False]))
     q_len = draw(st.integers(2 * block_q + 1, 4 * block_q + 7) if several else st.integers(1, 40))

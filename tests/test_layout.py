@@ -12,7 +12,7 @@ from s2_jax import layout
 from s2_jax.layout import Geometry, PatternLayouts, block_lists, number_patterns
 from s2_jax.runs import RunBuilder
 from s2_jax.structure import Heads
-from tests.test_attention import _pattern
+from tests.draws import draw_pattern
 
 
 def read(lists, row):
@@ -71,8 +71,8 @@ def test_the_transpose_by_hand():
     assert lists.order[0][0] == 0
 
 
-def unrolled(lists, geometry, row, tile):
-    """How often each (query, key) pair of a tile's row is visited."""
+def unrolled(lists, geometry, row, tile, window=None):
+    """How often each (query, key) pair of a tile's row is visited, twice where unmasked."""
     visits = np.zeros((geometry.q_stop, geometry.kv_len), int)
     fixed = tile * geometry.fixed_tile + np.arange(geometry.fixed_tile)
     part = np.arange(geometry.fixed_tile) // geometry.part
@@ -90,6 +90,9 @@ def unrolled(lists, geometry, row, tile):
                             indexing="ij")  # fmt: skip
         seen = np.broadcast_to((bits >> part) & 1 != 0, (lists.unit, part.size))
         seen = seen.T if geometry.fixed == "q" else seen
+        if window is not None and not full:
+            near = np.abs(q - kv) < window.size
+            seen = seen | near if window.adds else seen & near
         inside = (q >= geometry.q_start) & (q < geometry.q_stop) & (kv < geometry.kv_len)
         np.add.at(visits, (q[seen & inside], kv[seen & inside]), 1 + full)
     return visits
@@ -112,9 +115,13 @@ def test_lists_hold_every_visible_pair_once(few_units, monkeypatch):
     @settings(max_examples=60)
     @given(geometries(), st.booleans(), st.data())
     def drawn(geometry, causal, data):
-        pattern = _pattern(
+        pattern = draw_pattern(
             data.draw, {"block_size": geometry.block_size, "causal": causal}, depth=0
         )
+        if size := data.draw(st.sampled_from([None, None, 1, 17, 100]), "window"):
+            window = s2_jax.token_window(size, block_size=geometry.block_size, causal=causal)
+            joins = data.draw(st.sampled_from("|& "), "joins")
+            pattern = {"|": pattern | window, "&": pattern & window, " ": window}[joins]
         block_lists.cache_clear()
         lists = block_lists(pattern, 4, 2, geometry)
         numbers = number_patterns(pattern.head_keys(4, 2))
@@ -124,7 +131,8 @@ def test_lists_hold_every_visible_pair_once(few_units, monkeypatch):
             tiles = lists.order[numbers[head]]
             assert sorted(tiles) == list(geometry.tiles)
             visits = sum(
-                unrolled(lists, geometry, base + row, tile) for row, tile in enumerate(tiles)
+                unrolled(lists, geometry, base + row, tile, pattern.token_window()[1])
+                for row, tile in enumerate(tiles)
             )
             seen = pattern.visible_tokens(Heads(np.asarray(head), 4, 2), q, kv)
             seen = np.broadcast_to(seen, visits.shape) & (q >= geometry.q_start)
