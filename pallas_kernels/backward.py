@@ -195,7 +195,7 @@ def _dq(
         out_specs=[grid.by_head(q_len, head_dim)],
         out_shape=[jax.ShapeDtypeStruct(query.shape, query.dtype)],
         tile=settings.tiles.dq,
-        interpret=settings.interpret,
+        launcher=settings.launcher,
     )
     return dq
 
@@ -232,6 +232,6 @@ def _dkv(
             jax.ShapeDtypeStruct(value.shape, value.dtype),
         ],
         tile=settings.tiles.dkv,
-        interpret=settings.interpret,
+        launcher=settings.launcher,
     )
     return dk, dv

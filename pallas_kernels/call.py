@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.block_lists import BlockLists
+from pallas_kernels.lowering import Launcher
 from pallas_kernels.tiles import TileConfig
 from pallas_kernels.walk import ListMeta
 
@@ -40,7 +41,7 @@ class Settings:
     block_size: int
     query_offset: int | None
     q_limit: int
-    interpret: bool
+    launcher: Launcher = "pallas"
 
 
 class Operands(tuple):

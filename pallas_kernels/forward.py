@@ -106,6 +106,6 @@ def forward(
             jax.ShapeDtypeStruct((batch, num_heads, q_len), jnp.float32),
         ],
         tile=settings.tiles.forward,
-        interpret=settings.interpret,
+        launcher=settings.launcher,
     )
     return out, lse

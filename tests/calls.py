@@ -59,7 +59,7 @@ class AttentionCall:
         offset: Any = self.query_offset
         if isinstance(offset, tuple):
             offset = jnp.asarray(offset, jnp.int32)
-        kernels = implementation in ("triton", "interpret")
+        kernels = implementation in ("triton", "jax_triton", "interpret")
 
         def attend(query, key, value, offset):
             return s2_jax.s2_attention(
