@@ -61,14 +61,14 @@ def pick_tiles(
         queries of all its columns for each of them.
       compute_capability: 80, 86, 89, 90, 100, ...
     """
-    pick = _hopper if compute_capability in (90, 100, 103) else _ampere
+    pick = {90: _hopper, 100: _blackwell, 103: _blackwell}.get(compute_capability, _ampere)
     tiles = pick(head_dim, itemsize, q_len)
     dkv = dataclasses.replace(tiles.dkv, block_kv=min(tiles.dkv.block_kv, block_size))
     return dataclasses.replace(tiles, dkv=dkv)
 
 
 def _hopper(head_dim: int, itemsize: int, q_len: int) -> TileConfig:
-    """227 KB of shared memory a multiprocessor (H100, H200, B200)."""
+    """227 KB of shared memory a multiprocessor (H100, H200)."""
     if itemsize == 4:
         return _float32(head_dim)
     if head_dim > 128:
@@ -77,6 +77,14 @@ def _hopper(head_dim: int, itemsize: int, q_len: int) -> TileConfig:
     if head_dim > 64:
         return TileConfig(forward=Tile(128, 64, 8, 2), dq=dq, dkv=Tile(64, 64, 8, 2))
     return TileConfig(forward=Tile(128, 64, 4, 2), dq=dq, dkv=Tile(64, 64, 4, 2))
+
+
+def _blackwell(head_dim: int, itemsize: int, q_len: int) -> TileConfig:
+    """227 KB as on Hopper (B200, B300)."""
+    tiles = _hopper(head_dim, itemsize, q_len)
+    if itemsize == 4 or head_dim > 64:
+        return tiles
+    return dataclasses.replace(tiles, forward=Tile(128, 64, 8, 2))
 
 
 def _ampere(head_dim: int, itemsize: int, q_len: int) -> TileConfig:
