@@ -15,7 +15,7 @@ BIN       := $(VENV)/bin
 CREATED   := $(VENV)/.created-$(PYVER)
 INSTALLED := $(VENV)/.installed-$(PYVER)-$(basename $(notdir $(CONSTRAINTS)))
 
-.PHONY: help demo test lint types clean
+.PHONY: help demo test compile lint types clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1:\2/p' $(firstword $(MAKEFILE_LIST)) | \
@@ -28,6 +28,9 @@ demo: $(INSTALLED) ## run the demo
 
 test: $(INSTALLED) ## run the tests
 	$(BIN)/python -m pytest -n $(WORKERS) -q
+
+compile: $(INSTALLED) ## compile every kernel with the official Triton; no GPU needed
+	$(BIN)/python -m pytest -n $(WORKERS) -q -m compile
 
 lint: $(INSTALLED) ## ruff check and ruff format --check
 	$(BIN)/ruff check

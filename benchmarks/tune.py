@@ -15,7 +15,7 @@ import pathlib
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,8 @@ FORWARD = [
     Tile(128, 64, 4, 3),
     Tile(128, 64, 8, 2),
     Tile(128, 64, 8, 3),
+    Tile(128, 32, 4, 2),
+    Tile(128, 32, 4, 3),
     Tile(64, 32, 4, 2),
 ]
 DQ = [
@@ -49,6 +51,7 @@ DKV = [
     Tile(64, 64, 4, 3),
     Tile(32, 64, 4, 3),
     Tile(64, 64, 8, 1),
+    Tile(64, 64, 8, 2),
     Tile(32, 64, 8, 2),
     Tile(64, 128, 8, 2),
 ]
@@ -67,6 +70,7 @@ class Options:
     kv_heads: int = 32
     head_dim: int = 128
     kernels: tuple[str, ...] = ("forward", "dq", "dkv")
+    launcher: Literal["pallas", "jax_triton"] = "pallas"
     out: pathlib.Path | None = None
 
 
@@ -100,7 +104,7 @@ def time_tile(kernel: str, tile: Tile, options: Options, length: int, arrays: An
         block_size=options.block_size,
         query_offset=0,
         q_limit=length,
-        interpret=False,
+        launcher=options.launcher,
     )
     numbers = jnp.asarray([number_patterns(pattern.head_keys(*heads))], jnp.int32)
     named = dict(zip(("query", "key", "value", "grad_out", "lse", "delta"), arrays, strict=True))
@@ -147,7 +151,8 @@ def main(options: Options) -> None:
             print(f"{length:8d} {kernel:8s} {row['tile']!s:18s} {figures}", flush=True)
     if options.out is not None:
         device = jax.devices()[0].device_kind
-        options.out.write_text(json.dumps({"device": device, "jax": jax.__version__, "rows": rows}))
+        versions = {"device": device, "jax": jax.__version__, "launcher": options.launcher}
+        options.out.write_text(json.dumps(versions | {"rows": rows}))
 
 
 if __name__ == "__main__":

@@ -67,7 +67,7 @@ class ModelConfig:
     """Base of the rotary position embedding."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What is computed in; the parameters are float32."""
-    implementation: Literal["triton", "interpret", "reference"] | None = None
+    implementation: Literal["triton", "jax_triton", "interpret", "reference"] | None = None
     """How attention runs; None takes the GPU kernels on a GPU and the reference elsewhere."""
     remat: bool = False
     """Recompute every layer in the backward pass: less memory, a third more work."""

@@ -169,7 +169,7 @@ def dq(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Arr
         out_specs=[grid.by_head(q_len, head_dim)],
         out_shape=[jax.ShapeDtypeStruct(query.shape, query.dtype)],
         tile=settings.tiles.dq,
-        interpret=settings.interpret,
+        launcher=settings.launcher,
     )  # fmt: skip
     return (gradient,)
 
@@ -207,6 +207,6 @@ def dkv(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Ar
             jax.ShapeDtypeStruct(value.shape, value.dtype),
         ],
         tile=settings.tiles.dkv,
-        interpret=settings.interpret,
+        launcher=settings.launcher,
     )  # fmt: skip
     return dk, dv

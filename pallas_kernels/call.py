@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.block_lists import BlockLists
+from pallas_kernels.lowering import Launcher
 from pallas_kernels.masks import Window
 from pallas_kernels.softmax import LOG2_E
 from pallas_kernels.spans import Axis, spans
@@ -44,7 +45,7 @@ class Settings:
     block_size: int
     query_offset: int | None
     q_limit: int
-    interpret: bool
+    launcher: Launcher = "pallas"
     soft_cap: float | None = None
     window: Window | None = None
 

@@ -95,6 +95,6 @@ def forward(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[ja
             jax.ShapeDtypeStruct((batch, num_heads, q_len), jnp.float32),
         ],
         tile=settings.tiles.forward,
-        interpret=settings.interpret,
+        launcher=settings.launcher,
     )  # fmt: skip
     return out, lse

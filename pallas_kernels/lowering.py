@@ -6,9 +6,10 @@ can still be lowered: inside `jax.sharding.use_abstract_mesh` with an abstract C
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.experimental import pallas as pl
@@ -18,6 +19,8 @@ from pallas_kernels.tiles import Tile
 
 warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecated")
 
+# How a kernel is run: by XLA's Triton, in Pallas' interpreter, or by the official Triton.
+Launcher = Literal["pallas", "interpret", "jax_triton"]
 OLDEST_COMPUTE_CAPABILITY = 80
 
 _ABSTRACT_KINDS = (
@@ -56,6 +59,12 @@ def compute_capability() -> int | None:
         return None
 
 
+def missing_packages() -> list[str]:
+    """What has to be installed before the "jax_triton" launcher can be used."""
+    names = {"jax_triton": "jax-triton", "triton": "triton"}
+    return [package for module, package in names.items() if not importlib.util.find_spec(module)]
+
+
 def _abstract_device() -> Any:
     return getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
 
@@ -83,22 +92,29 @@ def call_kernel(
     out_specs: Sequence[pl.BlockSpec],
     out_shape: Sequence[jax.ShapeDtypeStruct],
     tile: Tile,
-    interpret: bool,
+    launcher: Launcher,
 ) -> Sequence[jax.Array]:
-    """Runs a kernel over a grid: compiled by Triton, or in Pallas' interpreter."""
+    """Runs a kernel over a grid, by the launcher asked for."""
     operands = vary_alike(operands)
     varying = jax.typeof(operands[0]).manual_axis_type
     out_shape = [
         jax.ShapeDtypeStruct(out.shape, out.dtype, manual_axis_type=varying) for out in out_shape
     ]
     parameters = plgpu.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages)
-    return pl.pallas_call(
+    call = pl.pallas_call(
         kernel,
         grid=grid,
         in_specs=list(in_specs),
         out_specs=list(out_specs),
         out_shape=out_shape,
         compiler_params=parameters,
-        interpret=interpret,
+        interpret=launcher == "interpret",
         name=name,
-    )(*operands)
+    )
+    if launcher != "jax_triton":
+        return call(*operands)
+    capability = compute_capability()
+    assert capability is not None, "the caller has made sure of a GPU"
+    from pallas_kernels import launch  # reaches into JAX deeper than anything else here
+
+    return launch.launch(call, operands, capability)

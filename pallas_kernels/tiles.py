@@ -61,25 +61,30 @@ def pick_tiles(
         queries of all its columns for each of them.
       compute_capability: 80, 86, 89, 90, 100, ...
     """
-    pick = _hopper if compute_capability in (90, 100, 103) else _ampere
+    pick = {90: _hopper, 100: _blackwell, 103: _blackwell}.get(compute_capability, _ampere)
     tiles = pick(head_dim, itemsize, q_len)
     dkv = dataclasses.replace(tiles.dkv, block_kv=min(tiles.dkv.block_kv, block_size))
     return dataclasses.replace(tiles, dkv=dkv)
 
 
 def _hopper(head_dim: int, itemsize: int, q_len: int) -> TileConfig:
-    """227 KB of shared memory a multiprocessor (H100, H200, B200).
-
-    For 2-byte elements from `python -m benchmarks.tune` on an H200, head_dim 128.
-    """
+    """227 KB of shared memory a multiprocessor (H100, H200)."""
     if itemsize == 4:
         return _float32(head_dim)
     if head_dim > 128:
-        tile = Tile(64, 64, num_warps=8, num_stages=1)
-        return TileConfig(forward=Tile(64, 64, 8, 2), dq=tile, dkv=tile)
-    # Two programs fit a multiprocessor, which hides one's softmax behind the other's products.
+        return TileConfig(forward=Tile(64, 64, 8, 2), dq=Tile(64, 32, 8, 2), dkv=Tile(64, 32, 8, 1))
     dq = Tile(128, 64, 8, 3) if q_len >= 16384 else Tile(64, 64, 4, 2)
+    if head_dim > 64:
+        return TileConfig(forward=Tile(128, 64, 8, 2), dq=dq, dkv=Tile(64, 64, 8, 2))
     return TileConfig(forward=Tile(128, 64, 4, 2), dq=dq, dkv=Tile(64, 64, 4, 2))
+
+
+def _blackwell(head_dim: int, itemsize: int, q_len: int) -> TileConfig:
+    """227 KB as on Hopper (B200, B300)."""
+    tiles = _hopper(head_dim, itemsize, q_len)
+    if itemsize == 4 or head_dim > 64:
+        return tiles
+    return dataclasses.replace(tiles, forward=Tile(128, 64, 8, 2))
 
 
 def _ampere(head_dim: int, itemsize: int, q_len: int) -> TileConfig:
@@ -87,15 +92,18 @@ def _ampere(head_dim: int, itemsize: int, q_len: int) -> TileConfig:
     if itemsize == 4:
         return _float32(head_dim)
     if head_dim > 128:
-        tile = Tile(32, 32, num_warps=4, num_stages=1)
-        return TileConfig(forward=Tile(64, 32, 4, 1), dq=tile, dkv=tile)
-    return TileConfig(forward=Tile(64, 64, 4, 2), dq=Tile(64, 64, 4, 1), dkv=Tile(64, 64, 4, 1))
+        return TileConfig(forward=Tile(64, 32, 8, 2), dq=Tile(32, 32, 4, 1), dkv=Tile(32, 32, 8, 1))
+    if head_dim > 64:
+        return TileConfig(forward=Tile(64, 32, 4, 2), dq=Tile(64, 64, 8, 1), dkv=Tile(64, 64, 8, 1))
+    return TileConfig(forward=Tile(64, 64, 4, 2), dq=Tile(64, 64, 4, 1), dkv=Tile(32, 64, 4, 1))
 
 
 def _float32(head_dim: int) -> TileConfig:
     """IEEE products run on the ordinary cores and hold much in registers: small tiles."""
     if head_dim > 64:
         small = Tile(16, 16, num_warps=8, num_stages=1)
-        return TileConfig(forward=Tile(32, 32, num_warps=8, num_stages=1), dq=small, dkv=small)
+        # With one stage, dq keeps whole rows of a head dim of 256 in registers, and spills.
+        dq = small if head_dim <= 128 else Tile(16, 16, num_warps=8, num_stages=2)
+        return TileConfig(forward=Tile(16, 32, num_warps=8, num_stages=1), dq=dq, dkv=small)
     tile = Tile(16, 32, num_warps=4, num_stages=1)
     return TileConfig(forward=Tile(32, 32, num_warps=8, num_stages=1), dq=tile, dkv=tile)

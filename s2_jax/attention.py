@@ -24,6 +24,12 @@ from s2_jax.structure import Heads, boolean
 
 _KERNEL_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 _MAX_HEAD_DIM = 256
+_LAUNCHERS: dict[str | None, lowering.Launcher] = {
+    None: "pallas",
+    "triton": "pallas",
+    "jax_triton": "jax_triton",
+    "interpret": "interpret",
+}
 
 
 def s2_attention(
@@ -68,8 +74,9 @@ def s2_attention(
         computes what its heads compute in the whole. Query and key/value heads must both be split.
       return_lse: also return the natural-log log-sum-exp of each query's scores.
       implementation: None takes the kernels where the call is lowered for an NVIDIA GPU and the
-        reference elsewhere; "triton" the kernels; "interpret" the same kernels in Pallas'
-        interpreter, on any machine; "reference" plain jnp.
+        reference elsewhere; "triton" the kernels; "jax_triton" the same kernels compiled by the
+        official Triton instead of XLA's (`pip install s2-jax[triton]`); "interpret" the same in
+        Pallas' interpreter, on any machine; "reference" plain jnp.
       tiles: tile sizes for the kernels, instead of the heuristic's.
 
     Returns:
@@ -194,7 +201,7 @@ def _kernels(
         block_size=call.pattern.block_size,
         query_offset=offset,
         q_limit=call.q_limit,
-        interpret=implementation == "interpret",
+        launcher=_LAUNCHERS[implementation],
         soft_cap=call.logits_soft_cap,
         window=call.pattern.token_window()[1],
     )
@@ -224,11 +231,16 @@ def _choose(call: Call, implementation: str | None) -> str:
                 f"{(capability or 0) / 10}; the reference runs instead", stacklevel=3,
             )  # fmt: skip
             return "reference"
-    if implementation == "triton" and (not on_gpu or too_old):
+    if implementation in ("triton", "jax_triton") and (not on_gpu or too_old):
         raise ValueError(
-            f'implementation="triton" needs an NVIDIA GPU (Ampere or newer), but this call is '
-            f"traced for {lowering.target_platform()!r}; "
+            f'implementation="{implementation}" needs an NVIDIA GPU (Ampere or newer), but '
+            f"this call is traced for {lowering.target_platform()!r}; "
             f'"interpret" and "reference" run anywhere'
+        )
+    if implementation == "jax_triton" and (packages := lowering.missing_packages()):
+        raise ValueError(
+            f'implementation="jax_triton" needs {" and ".join(packages)}: '
+            f"pip install 's2-jax[triton]' (Linux only)"
         )
     if missing:
         raise NotImplementedError(

@@ -13,7 +13,7 @@ import numpy as np
 from pallas_kernels.tiles import TileConfig
 from s2_jax.patterns import Pattern
 
-IMPLEMENTATIONS = (None, "triton", "interpret", "reference")
+IMPLEMENTATIONS = (None, "triton", "jax_triton", "interpret", "reference")
 
 
 @dataclasses.dataclass(frozen=True)

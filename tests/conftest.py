@@ -32,14 +32,25 @@ settings.load_profile("default")  # --hypothesis-profile comes after this
 
 
 @pytest.fixture(
-    params=["reference", "interpret", pytest.param("triton", marks=pytest.mark.gpu)],
+    params=[
+        "reference",
+        "interpret",
+        pytest.param("triton", marks=pytest.mark.gpu),
+        pytest.param("jax_triton", marks=pytest.mark.gpu),
+    ],
 )
 def implementation(request):
     """Every implementation goes through the same suite; the GPU's with `-m gpu`."""
     return request.param
 
 
-@pytest.fixture(params=["interpret", pytest.param("triton", marks=pytest.mark.gpu)])
+@pytest.fixture(
+    params=[
+        "interpret",
+        pytest.param("triton", marks=pytest.mark.gpu),
+        pytest.param("jax_triton", marks=pytest.mark.gpu),
+    ],
+)
 def kernels(request):
     """The same, for what only kernels do."""
     return request.param

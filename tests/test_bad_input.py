@@ -229,7 +229,7 @@ OPTIONS = {
     "implementation unknown": (
         lambda: call(implementation="cudnn"),
         ValueError,
-        r"implementation='cudnn' must be one of .*'triton', 'interpret', 'reference'",
+        r"implementation='cudnn' must be one of .*'triton', 'jax_triton', 'interpret', 'reference'",
     ),
     "implementation in capitals": (
         lambda: call(implementation="Triton"), ValueError, r"implementation='Triton' must be one",
@@ -241,6 +241,11 @@ OPTIONS = {
         lambda: call(implementation="triton"),
         ValueError,
         r'implementation="triton" needs an NVIDIA GPU .* traced for \'cpu\'',
+    ),
+    "jax_triton without a GPU": (
+        lambda: call(implementation="jax_triton"),
+        ValueError,
+        r'implementation="jax_triton" needs an NVIDIA GPU .* traced for \'cpu\'',
     ),
     "tiles of the wrong type": (
         lambda: call(tiles=(32, 32)), TypeError, r"tiles must be a TileConfig, got tuple",

@@ -1,0 +1,146 @@
+"""The kernels whose resources are measured: call variants x every tile that can be picked."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+
+import s2_jax
+from pallas_kernels.tiles import Tile, TileConfig, pick_tiles
+from pallas_kernels.triton_ir import KernelIR, kernels_of
+
+KERNELS = ("forward", "dq", "dkv")
+HEAD_DIMS = (64, 80, 128, 192, 256)
+BLOCK_SIZES = (16, 32, 64, 128)
+_H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
+_SHORT, _LONG = 1024, 1 << 20
+_KV_HEADS = 2
+
+
+def _few_runs(block_size: int, causal: bool) -> s2_jax.Pattern:
+    return s2_jax.local_stride(2, 3, block_size=block_size, causal=causal)
+
+
+def _many_runs(block_size: int, causal: bool) -> s2_jax.Pattern:
+    """Each row in more runs than a kernel reads at once."""
+    mask = np.random.default_rng(0).random((_KV_HEADS, 128, 128)) < 0.5
+    return s2_jax.block_mask(mask, block_size=block_size, causal=causal)
+
+
+def _window(block_size: int, causal: bool) -> s2_jax.Pattern:
+    shape = {"block_size": block_size, "causal": causal}
+    return s2_jax.token_window(300, **shape) | s2_jax.sink(1, **shape)
+
+
+def _packed(q_len: int, kv_len: int) -> dict[str, Any]:
+    return {"segment_ids": jnp.zeros((1, q_len), jnp.int32)}
+
+
+def _padded(q_len: int, kv_len: int) -> dict[str, Any]:
+    lengths = jnp.ones((1,), jnp.int32)
+    return {"query_seq_lengths": lengths, "key_value_seq_lengths": lengths}
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One kind of call, at any tile.
+
+    ragged: lengths that no tile divides. traced_offset: the position of query 0 is an array.
+    arguments: further keyword arguments of `s2_attention`, from the two lengths.
+    """
+
+    pattern: Callable[[int, bool], s2_jax.Pattern] = _few_runs
+    causal: bool = True
+    ragged: bool = True
+    group: int = 2
+    traced_offset: bool = False
+    arguments: Callable[[int, int], dict[str, Any]] = lambda q_len, kv_len: {}
+
+
+VARIANTS = {
+    "ragged": Variant(),
+    "aligned": Variant(ragged=False, group=1),
+    "bidirectional": Variant(causal=False),
+    "many runs": Variant(pattern=_many_runs),
+    "traced offset": Variant(traced_offset=True),
+    "packed": Variant(arguments=_packed),
+    "padded": Variant(arguments=_padded),
+    "soft cap": Variant(arguments=lambda q_len, kv_len: {"logits_soft_cap": 30.0}),
+    "window": Variant(pattern=_window),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A call variant in one dtype at one tile configuration; three kernels."""
+
+    variant: str
+    dtype: str
+    head_dim: int
+    block_size: int
+    tiles: TileConfig
+
+    def tile(self, kernel: str) -> Tile:
+        return getattr(self.tiles, kernel)
+
+    def wants_wgmma(self, kernel: str) -> bool:
+        """Hopper's products take 2-byte elements and 64 rows of a program's own tile."""
+        tile = self.tile(kernel)
+        rows = tile.block_kv if kernel == "dkv" else tile.block_q
+        return self.dtype != "float32" and rows >= 64
+
+    @functools.cached_property
+    def kernels(self) -> dict[str, KernelIR]:
+        variant = VARIANTS[self.variant]
+        length = 1000 if variant.ragged else 1024
+        queries = (1, length, _KV_HEADS * variant.group, self.head_dim)
+        keys = (1, length, _KV_HEADS, self.head_dim)
+        pattern = variant.pattern(self.block_size, variant.causal)
+
+        def loss(query: Any, key: Any, value: Any, offset: Any) -> Any:
+            out = s2_jax.s2_attention(
+                query, key, value, pattern, tiles=self.tiles, implementation="triton",
+                query_offset=offset if variant.traced_offset else 0,
+                **variant.arguments(length, length),
+            )  # fmt: skip
+            return out.astype(jnp.float32).sum()
+
+        arrays = [jax.ShapeDtypeStruct(shape, self.dtype) for shape in (queries, keys, keys)]
+        offset = jax.ShapeDtypeStruct((1,), jnp.int32)
+        with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=_H100)):
+            traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*arrays, offset)
+            lowered = traced.lower(lowering_platforms=("cuda",))
+        return dict(zip(KERNELS, kernels_of(lowered), strict=True))
+
+
+def cases(compute_capability: int) -> Iterator[Case]:
+    """Every tile that the heuristic picks, and each variant at its commonest ones."""
+    seen = set()
+    everything = itertools.product(
+        ("bfloat16", "float32", "float16"), HEAD_DIMS, BLOCK_SIZES, (_SHORT, _LONG), VARIANTS
+    )
+    for dtype, head_dim, block_size, q_len, variant in everything:
+        usual = head_dim in (64, 128) and block_size in (16, 64)
+        if variant != "ragged" and not (usual and dtype == "bfloat16"):
+            continue
+        if dtype == "float16" and not usual:  # the same code as bfloat16's
+            continue
+        tiles = pick_tiles(
+            head_dim=head_dim,
+            itemsize=jnp.dtype(dtype).itemsize,
+            q_len=q_len,
+            block_size=block_size,
+            compute_capability=compute_capability,
+        )
+        case = Case(variant, dtype, head_dim, block_size, tiles)
+        if case not in seen:
+            seen.add(case)
+            yield case
