@@ -80,9 +80,13 @@ def _hopper(head_dim: int, itemsize: int, q_len: int) -> TileConfig:
 
 
 def _blackwell(head_dim: int, itemsize: int, q_len: int) -> TileConfig:
-    """227 KB as on Hopper (B200, B300)."""
+    """227 KB as on Hopper (B200, B300), other products, and other tiles that spill."""
     tiles = _hopper(head_dim, itemsize, q_len)
-    if itemsize == 4 or head_dim > 64:
+    if itemsize == 4:
+        return tiles
+    if head_dim > 128:
+        return dataclasses.replace(tiles, dq=Tile(64, 64, 8, 1))
+    if head_dim > 64:
         return tiles
     return dataclasses.replace(tiles, forward=Tile(128, 64, 8, 2))
 
