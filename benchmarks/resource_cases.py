@@ -36,8 +36,8 @@ def _many_runs(block_size: int, causal: bool) -> s2_jax.Pattern:
 
 
 def _window(block_size: int, causal: bool) -> s2_jax.Pattern:
-    shape = {"block_size": block_size, "causal": causal}
-    return s2_jax.token_window(300, **shape) | s2_jax.sink(1, **shape)
+    sink = s2_jax.sink(1, block_size=block_size, causal=causal)
+    return sink | s2_jax.token_window(300, block_size=block_size, causal=causal)
 
 
 def _packed(q_len: int, kv_len: int) -> dict[str, Any]:
