@@ -24,6 +24,16 @@ def explicit_spec(array: jax.Array) -> Spec:
     return (*spec, *[None] * (array.ndim - len(spec)))
 
 
+def check_split(name: str, array: jax.Array) -> None:
+    """Raises ValueError where `[..., length, heads, head_dim]` is split along more than heads."""
+    spec = explicit_spec(array)
+    if spec[-1] or spec[-3]:
+        raise ValueError(
+            f"{name} is sharded as {P(*spec)} over [..., length, heads, head_dim]; only batch "
+            f"and heads may be split: reshard it first"
+        )
+
+
 def is_split(arrays: Arrays) -> bool:
     return any(axis for array in arrays.values() for axis in explicit_spec(array))
 
@@ -48,12 +58,7 @@ def shard_over_explicit_axes(
         devices than go with the groups of the key/value heads.
     """
     for name in ("query", "key", "value"):
-        spec = explicit_spec(arrays[name])
-        if spec[-1] or spec[-3]:
-            raise ValueError(
-                f"{name} is sharded as {P(*spec)} over [..., length, heads, head_dim]; only batch "
-                f"and heads may be split: reshard it first"
-            )
+        check_split(name, arrays[name])
     *batch, _, heads, _ = explicit_spec(arrays["query"])
     num_heads, kv_heads = arrays["query"].shape[-2], arrays["key"].shape[-2]
     group, shards = num_heads // kv_heads, _size(heads)

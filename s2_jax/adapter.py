@@ -16,8 +16,17 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.tiles import TileConfig
 from s2_jax.attention import s2_attention
-from s2_jax.checks import check_implementation
+from s2_jax.checks import (
+    check_float_dtype,
+    check_head_axis,
+    check_implementation,
+    check_not_truncated,
+    check_scale,
+    check_soft_cap,
+    is_array,
+)
 from s2_jax.patterns import Pattern
+from s2_jax.structure import boolean
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,6 +47,10 @@ class AttentionFn:
                 f"got {type(self.pattern).__name__}"
             )
         check_implementation(self.implementation, self.tiles)
+        check_head_axis(self.head_axis)
+        # As floats, which can be hashed; a JAX array cannot.
+        object.__setattr__(self, "scale", check_scale(self.scale))
+        object.__setattr__(self, "logits_soft_cap", check_soft_cap(self.logits_soft_cap))
 
     def __call__(
         self,
@@ -92,12 +105,12 @@ class AttentionFn:
                 raise ValueError(
                     f"s2_jax.attention_fn cannot honour {name}={_brief(given)}: {advice}"
                 )
-        if dropout_rate > 0 and not deterministic:
+        if dropout_rate != 0 and not deterministic:
             raise ValueError(
                 f"s2_jax.attention_fn cannot honour {dropout_rate=} with {deterministic=}: it has "
                 "no attention dropout; set dropout_rate=0 or deterministic=True"
             )
-        if is_causal and not self.pattern.causal:
+        if is_causal is not None and boolean("is_causal", is_causal) and not self.pattern.causal:
             raise ValueError(
                 "s2_jax.attention_fn cannot honour is_causal=True with a bidirectional pattern: "
                 "build the pattern with causal=True"
@@ -105,10 +118,18 @@ class AttentionFn:
         return self._attend(query, key, value, dtype)
 
     def _attend(self, query: Any, key: Any, value: Any, dtype: Any) -> Any:
+        arrays = (("query", query), ("key", key), ("value", value))
+        for name, array in arrays:
+            if not is_array(array):
+                raise TypeError(f"{name} must be a NumPy or JAX array, got {type(array).__name__}")
         if dtype is None:
+            for name, array in arrays:
+                check_not_truncated(name, array)
             dtype = jnp.result_type(query, key, value)
+        else:
+            check_float_dtype("dtype", dtype)
         batch = query.shape[:-3]
-        for name, array in (("query", query), ("key", key), ("value", value)):
+        for name, array in arrays:
             if array.ndim < 3 or array.shape[:-3] != batch:
                 raise ValueError(
                     f"{name} must be [*batch, length, heads, head_dim] with the batch of query, "

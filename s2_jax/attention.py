@@ -244,7 +244,7 @@ def _choose(call: Call, implementation: str | None) -> str:
         )
     if missing:
         raise NotImplementedError(
-            f'the kernels do not support {missing} yet; implementation="reference" does'
+            f'the kernels do not support {missing}; implementation="reference" does'
         )
     return "kernels"
 

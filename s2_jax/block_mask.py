@@ -82,7 +82,15 @@ def block_mask(mask: Any, *, block_size: int = 64, causal: bool = True) -> Patte
     Raises:
       TypeError: not boolean. ValueError: not three-dimensional, or empty.
     """
-    array = np.asarray(mask)
+    if isinstance(mask, (jax.core.Tracer, np.ma.MaskedArray)):
+        kind = "a traced array" if isinstance(mask, jax.core.Tracer) else "a masked array"
+        raise TypeError(f"block_mask needs an ordinary array, known when tracing, got {kind}")
+    try:
+        array = np.asarray(mask)
+    except ValueError:
+        raise ValueError(
+            "block_mask needs a mask [heads, q_blocks, kv_blocks], got rows of several lengths"
+        ) from None
     if array.dtype != np.bool_:
         raise TypeError(f"block_mask needs a boolean mask, got {array.dtype}")
     if array.ndim != 3 or 0 in array.shape:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.explicit import check_split
 from pallas_kernels.tiles import TileConfig
 from s2_jax.patterns import Pattern
 
@@ -71,36 +72,15 @@ def check_call(
     batch, q_len, local_heads, head_dim = query.shape
     kv_len, local_kv_heads = key.shape[1:3]
 
-    shards = 1
-    if head_axis is not None:
-        if not isinstance(head_axis, str):
-            raise TypeError(f"head_axis must name one mesh axis, got {head_axis!r}")
-        try:
-            shards = jax.lax.axis_size(head_axis)
-        except NameError:
-            raise ValueError(
-                f"{head_axis=} names no mesh axis in scope; use it inside shard_map or pmap"
-            ) from None
+    shards = axis_size(head_axis)
     num_heads, num_kv_heads = local_heads * shards, local_kv_heads * shards
 
-    offset = _check_offset(query_offset, batch, unbatched)
+    offset = check_offset(query_offset, batch, unbatched)
     last = offset + q_len if isinstance(offset, int) else max(q_len, kv_len)
     blocks = pattern.block_size
     pattern.check(num_heads, num_kv_heads, math.ceil(last / blocks), math.ceil(kv_len / blocks))
 
-    ids = {"segment_ids": (segment_ids, q_len), "kv_segment_ids": (kv_segment_ids, kv_len)}
-    rows = {name: _check_ids(name, a, batch, n, unbatched) for name, (a, n) in ids.items()}
-    if rows["segment_ids"] is not None and rows["kv_segment_ids"] is None:
-        if q_len != kv_len:
-            raise ValueError(
-                f"kv_segment_ids is required where the lengths differ, got {q_len=}, {kv_len=}"
-            )
-        rows["kv_segment_ids"] = rows["segment_ids"]
-    if rows["segment_ids"] is None and rows["kv_segment_ids"] is not None:
-        raise ValueError("kv_segment_ids needs segment_ids")
-    given = [ids.dtype for ids in (segment_ids, kv_segment_ids) if ids is not None]
-    if len(set(given)) > 1:
-        raise TypeError(f"segment_ids and kv_segment_ids must share one dtype, got {given}")
+    rows = check_segments(segment_ids, kv_segment_ids, batch, q_len, kv_len, unbatched)
     lengths = {
         name: _check_lengths(name, array, batch, limit, unbatched)
         for name, array, limit in (
@@ -117,7 +97,7 @@ def check_call(
         query_offset=offset,
         **rows,
         **lengths,
-        logits_soft_cap=_check_soft_cap(logits_soft_cap),
+        logits_soft_cap=check_soft_cap(logits_soft_cap),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_axis=head_axis,
@@ -133,13 +113,67 @@ def check_implementation(implementation: Any, tiles: Any) -> None:
         raise TypeError(f"tiles must be a TileConfig, got {type(tiles).__name__}")
 
 
+def check_float_array(name: str, array: Any) -> None:
+    if not is_array(array):
+        raise TypeError(f"{name} must be a NumPy or JAX array, got {type(array).__name__}")
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{name} must have a floating dtype, got {array.dtype}")
+    _check_dtype_of_jax(name, array)
+
+
+def check_not_truncated(name: str, array: Any) -> None:
+    numpy_double = isinstance(array, np.ndarray) and array.dtype == np.float64
+    if numpy_double and not jax.config.read("jax_enable_x64"):
+        raise TypeError(
+            f"{name} is float64, which JAX would cast to float32: enable jax_enable_x64"
+        )
+
+
+def check_float_dtype(name: str, dtype: Any) -> None:
+    try:
+        floating = jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:
+        floating = False
+    if dtype is None or not floating:  # NumPy reads None as float64
+        raise TypeError(f"{name}={dtype!r} must be a floating dtype")
+
+
+def check_head_axis(head_axis: Any) -> None:
+    if head_axis is not None and not isinstance(head_axis, str):
+        raise TypeError(f"head_axis must name one mesh axis, got {head_axis!r}")
+
+
+def axis_size(head_axis: Any) -> int:
+    check_head_axis(head_axis)
+    if head_axis is None:
+        return 1
+    try:
+        return jax.lax.axis_size(head_axis)
+    except NameError:
+        raise ValueError(
+            f"{head_axis=} names no mesh axis in scope; use it inside shard_map or pmap"
+        ) from None
+
+
+def is_array(value: Any) -> bool:
+    """JAX takes no masked arrays."""
+    return isinstance(value, (np.ndarray, jax.Array)) and not isinstance(value, np.ma.MaskedArray)
+
+
+def _kind(value: Any) -> Any:
+    """What messages call a value of the wrong kind: an array by its dtype."""
+    return value.dtype if is_array(value) else type(value).__name__
+
+
+def _check_dtype_of_jax(name: str, array: Any) -> None:
+    if isinstance(array, np.ndarray) and (not array.dtype.isnative or array.dtype.itemsize > 8):
+        raise TypeError(f"{name} has dtype {array.dtype}, which JAX does not have")
+
+
 def _check_arrays(query: Any, key: Any, value: Any) -> tuple[Any, Any, Any, bool]:
     arrays = {}
     for name, array in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(array, (np.ndarray, jax.Array)):
-            raise TypeError(f"{name} must be a NumPy or JAX array, got {type(array).__name__}")
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise TypeError(f"{name} must have a floating dtype, got {array.dtype}")
+        check_float_array(name, array)
         if array.ndim not in (3, 4):
             raise ValueError(
                 f"{name} must be [batch, length, heads, head_dim] or the same without batch, "
@@ -156,12 +190,7 @@ def _check_arrays(query: Any, key: Any, value: Any) -> tuple[Any, Any, Any, bool
             f"query, key and value must have the same rank, "
             f"got shapes {query.shape}, {key.shape} and {value.shape}"
         )
-    if (
-        isinstance(query, np.ndarray)
-        and query.dtype == np.float64
-        and not jax.config.read("jax_enable_x64")
-    ):
-        raise TypeError("query is float64, which JAX would cast to float32: enable jax_enable_x64")
+    check_not_truncated("query", query)
     query, key, value = (jnp.asarray(array) for array in arrays.values())
     unbatched = query.ndim == 3
     if unbatched:
@@ -188,31 +217,56 @@ def _check_arrays(query: Any, key: Any, value: Any) -> tuple[Any, Any, Any, bool
             f"the query heads must be a multiple of the key/value heads, "
             f"got {query.shape[2]} and {key.shape[2]}"
         )
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        check_split(name, array)
     return query, key, value, unbatched
 
 
-def _check_offset(offset: Any, batch: int, unbatched: bool) -> int | jax.Array:
+def check_offset(offset: Any, batch: int, unbatched: bool) -> int | jax.Array:
     if isinstance(offset, (int, np.integer)) and not isinstance(offset, bool):
         if not 0 <= offset < 2**30:
             raise ValueError(f"query_offset={offset} must not be negative, nor 2**30 or more")
         return int(offset)
-    if not isinstance(offset, (np.ndarray, jax.Array)) or offset.dtype != jnp.int32:
-        kind = getattr(offset, "dtype", type(offset).__name__)
-        raise TypeError(f"query_offset must be an int or an int32 array, got {kind}")
+    if not is_array(offset) or offset.dtype != jnp.int32:
+        raise TypeError(f"query_offset must be an int or an int32 array, got {_kind(offset)}")
     shapes = [()] if unbatched else [(), (batch,)]
     if offset.shape not in shapes:
         raise ValueError(f"query_offset must have a shape of {shapes}, got {offset.shape}")
-    if not isinstance(offset, jax.core.Tracer) and offset.size and np.asarray(offset).min() < 0:
-        raise ValueError(f"query_offset must not be negative, got {np.asarray(offset)}")
+    if not isinstance(offset, jax.core.Tracer) and offset.size:
+        known = np.asarray(offset)
+        if known.min() < 0 or known.max() >= 2**30:
+            raise ValueError(f"query_offset must not be negative, nor 2**30 or more, got {known}")
     return jnp.broadcast_to(jnp.asarray(offset), (batch,))
+
+
+def check_segments(
+    segment_ids: Any, kv_segment_ids: Any, batch: int, q_len: int, kv_len: int, unbatched: bool
+) -> dict[str, Any]:
+    ids = {"segment_ids": (segment_ids, q_len), "kv_segment_ids": (kv_segment_ids, kv_len)}
+    rows = {name: _check_ids(name, a, batch, n, unbatched) for name, (a, n) in ids.items()}
+    if segment_ids is None:
+        if kv_segment_ids is not None:
+            raise ValueError("kv_segment_ids needs segment_ids")
+    elif kv_segment_ids is None:
+        if q_len != kv_len:
+            raise ValueError(
+                f"kv_segment_ids is required where the lengths differ, got {q_len=}, {kv_len=}"
+            )
+        rows["kv_segment_ids"] = rows["segment_ids"]
+    elif segment_ids.dtype != kv_segment_ids.dtype:
+        raise TypeError(
+            f"segment_ids and kv_segment_ids must share one dtype, "
+            f"got {segment_ids.dtype} and {kv_segment_ids.dtype}"
+        )
+    return rows
 
 
 def _check_ids(name: str, ids: Any, batch: int, length: int, unbatched: bool) -> Any:
     if ids is None:
         return None
-    if not isinstance(ids, (np.ndarray, jax.Array)) or not jnp.issubdtype(ids.dtype, jnp.integer):
-        kind = getattr(ids, "dtype", type(ids).__name__)
-        raise TypeError(f"{name} must be an integer array, got {kind}")
+    if not is_array(ids) or not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise TypeError(f"{name} must be an integer array, got {_kind(ids)}")
+    _check_dtype_of_jax(name, ids)
     expected = (length,) if unbatched else (batch, length)
     if ids.shape != expected:
         raise ValueError(f"{name} must have shape {expected}, got {ids.shape}")
@@ -227,9 +281,10 @@ def _check_ids(name: str, ids: Any, batch: int, length: int, unbatched: bool) ->
 def _check_lengths(name: str, lengths: Any, batch: int, limit: int, unbatched: bool) -> Any:
     if lengths is None:
         return None
-    kind = getattr(lengths, "dtype", type(lengths).__name__)
-    if not isinstance(lengths, (np.ndarray, np.generic, jax.Array)) or lengths.dtype != jnp.int32:
-        raise TypeError(f"{name} must be an int32 array, got {kind}")
+    if isinstance(lengths, np.generic):
+        lengths = np.asarray(lengths)
+    if not is_array(lengths) or lengths.dtype != jnp.int32:
+        raise TypeError(f"{name} must be an int32 array, got {_kind(lengths)}")
     expected = () if unbatched else (batch,)
     if lengths.shape != expected:
         raise ValueError(f"{name} must have shape {expected}, got {lengths.shape}")
@@ -242,32 +297,45 @@ def _check_lengths(name: str, lengths: Any, batch: int, limit: int, unbatched: b
 
 
 def _check_scale(scale: Any, head_dim: int) -> float:
+    scale = check_scale(scale)
+    return 1.0 / math.sqrt(head_dim) if scale is None else scale
+
+
+def check_scale(scale: Any) -> float | None:
     if scale is None:
-        return 1.0 / math.sqrt(head_dim)
-    scale = _static_number("scale", scale, "multiply the query instead")
+        return None
+    scale = static_number("scale", scale, "multiply the query instead")
     if scale and not 1e-20 <= abs(scale) <= 1e20:
         raise ValueError(f"{scale=} must be 0 or between 1e-20 and 1e20 in size")
     return scale
 
 
-def _check_soft_cap(cap: Any) -> float | None:
+def check_soft_cap(cap: Any) -> float | None:
     if cap is None:
         return None
-    cap = _static_number("logits_soft_cap", cap, "it must be known when tracing")
-    if cap <= 0:
-        raise ValueError(f"logits_soft_cap={cap} must be positive")
+    cap = static_number("logits_soft_cap", cap, "it must be known when tracing")
+    if not 1e-20 <= cap <= 1e20:  # beyond, score / cap leaves float32
+        raise ValueError(f"logits_soft_cap={cap} must be positive, between 1e-20 and 1e20")
     return cap
 
 
-def _static_number(name: str, number: Any, advice: str) -> float:
+def static_number(name: str, number: Any, advice: str) -> float:
     if isinstance(number, jax.core.Tracer):
         raise TypeError(f"{name} must be a Python number, got a traced array; {advice}")
     if isinstance(number, (np.ndarray, np.generic, jax.Array)):
-        plain = number.ndim == 0 and number.dtype.kind in "iuf"
+        if number.shape:
+            raise TypeError(f"{name} must be a number, got an array of shape {number.shape}")
+        real = any(jnp.issubdtype(number.dtype, kind) for kind in (jnp.integer, jnp.floating))
+        kind = number.dtype
     else:
-        plain = isinstance(number, (int, float)) and not isinstance(number, bool)
-    if not plain:
-        raise TypeError(f"{name} must be a number, got {type(number).__name__}")
-    if abs(number) > np.finfo(np.float32).max or number != number:
+        real = isinstance(number, (int, float)) and not isinstance(number, bool)
+        kind = type(number).__name__
+    if not real:
+        raise TypeError(f"{name} must be a number, got {kind}")
+    try:
+        number = float(number)
+    except OverflowError:
+        number = math.inf
+    if not abs(number) <= float(np.finfo(np.float32).max):
         raise ValueError(f"{name}={number} must be finite in float32")
-    return float(number)
+    return number

@@ -10,6 +10,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
 from s2_jax.attention import s2_attention
+from s2_jax.checks import axis_size
 from s2_jax.nnx import check_heads, check_input
 from s2_jax.patterns import Pattern
 from s2_jax.rope import rotate_from
@@ -83,13 +84,15 @@ class S2Attention(nn.Module):
             head_dim=self.head_dim,
             rope_base=self.rope_base,
             use_bias=self.use_bias,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
             implementation=self.implementation,
             head_axis=self.head_axis,
         )
-        check_input(x, context, query_offset, self.in_features)
-        context = x if context is None else context
         head_axis = None if self.is_initializing() else self.head_axis
-        shards = 1 if head_axis is None else _shards(head_axis)
+        shards = axis_size(head_axis)
+        check_input(x, context, query_offset, segment_ids, kv_segment_ids, self.in_features)
+        context = x if context is None else context
         heads, kv_heads = self.num_heads // shards, num_kv_heads // shards
 
         query = self._linear("query", (heads, head_dim))(x)
@@ -118,12 +121,3 @@ class S2Attention(nn.Module):
             param_dtype=self.param_dtype,
             name=name,
         )
-
-
-def _shards(head_axis: str) -> int:
-    try:
-        return jax.lax.axis_size(head_axis)
-    except NameError:
-        raise ValueError(
-            f"{head_axis=} names no mesh axis in scope; use it inside shard_map or pmap"
-        ) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
 import jax
@@ -11,9 +10,18 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from s2_jax.attention import s2_attention
-from s2_jax.checks import check_implementation
+from s2_jax.checks import (
+    axis_size,
+    check_float_array,
+    check_float_dtype,
+    check_head_axis,
+    check_implementation,
+    check_offset,
+    check_segments,
+)
 from s2_jax.patterns import Pattern
 from s2_jax.rope import check_rope, rotate_from
+from s2_jax.structure import at_least_one, boolean
 
 
 def check_heads(
@@ -25,6 +33,8 @@ def check_heads(
     head_dim: int | None,
     rope_base: float | None,
     use_bias: bool,
+    dtype: Any,
+    param_dtype: Any,
     implementation: str | None,
     head_axis: str | None,
 ) -> tuple[int, int]:
@@ -34,40 +44,64 @@ def check_heads(
             f"pattern must be a pattern such as s2_jax.local_stride(16, 8), "
             f"got {type(pattern).__name__}"
         )
+    at_least_one("in_features", in_features)
+    at_least_one("num_heads", num_heads)
     if num_kv_heads is None:
         num_kv_heads = num_heads
-    if num_heads < 1 or num_kv_heads < 1 or num_heads % num_kv_heads:
-        raise ValueError(f"{num_heads=} must be a positive multiple of {num_kv_heads=}")
+    if num_heads % at_least_one("num_kv_heads", num_kv_heads):
+        raise ValueError(f"{num_heads=} must be a multiple of {num_kv_heads=}")
     if head_dim is None:
         if in_features % num_heads:
             raise ValueError(f"{in_features=} must be divisible by {num_heads=}, or give head_dim")
         head_dim = in_features // num_heads
+    at_least_one("head_dim", head_dim)
     if rope_base is not None:
         check_rope(head_dim, rope_base)
-    if use_bias and head_axis is not None:
+    check_head_axis(head_axis)
+    if boolean("use_bias", use_bias) and head_axis is not None:
         raise ValueError(
             f"use_bias=True cannot be combined with {head_axis=}: "
             "every shard would add the output bias"
         )
+    if dtype is not None:
+        check_float_dtype("dtype", dtype)
+    check_float_dtype("param_dtype", param_dtype)
     check_implementation(implementation, None)
     pattern.check(num_heads, num_kv_heads, 0, 0)
     return num_kv_heads, head_dim
 
 
-def check_input(x: Array, context: Array | None, query_offset: Any, in_features: int) -> None:
-    """Raises ValueError where a module call makes no sense."""
+def check_input(
+    x: Any,
+    context: Any,
+    query_offset: Any,
+    segment_ids: Any,
+    kv_segment_ids: Any,
+    in_features: int,
+) -> None:
+    """Raises TypeError or ValueError where a module call makes no sense, before it projects."""
     for name, array in (("x", x), ("context", context)):
-        if array is not None and (array.ndim not in (2, 3) or array.shape[-1] != in_features):
+        if array is None and name == "context":
+            continue
+        check_float_array(name, array)
+        if array.ndim not in (2, 3) or array.shape[-1] != in_features:
             raise ValueError(
                 f"{name} must be [batch, length, {in_features}] or the same without batch, "
                 f"got shape {array.shape}"
             )
-    at_start = isinstance(query_offset, numbers.Integral) and query_offset == 0
-    if context is None and not at_start:
+    row = x if context is None else context
+    if x.shape[:-2] != row.shape[:-2]:
+        raise ValueError(
+            f"x and context must agree in batch, got shapes {x.shape} and {context.shape}"
+        )
+    batch, unbatched = (1, True) if x.ndim == 2 else (x.shape[0], False)
+    offset = check_offset(query_offset, batch, unbatched)
+    if context is None and not (isinstance(offset, int) and offset == 0):
         raise ValueError(
             "query_offset needs context: keys start at position 0, so that x at a later "
             "position needs the row from there on"
         )
+    check_segments(segment_ids, kv_segment_ids, batch, x.shape[-2], row.shape[-2], unbatched)
 
 
 class S2Attention(nnx.Module):
@@ -120,6 +154,8 @@ class S2Attention(nnx.Module):
             head_dim=head_dim,
             rope_base=rope_base,
             use_bias=use_bias,
+            dtype=dtype,
+            param_dtype=param_dtype,
             implementation=implementation,
             head_axis=head_axis,
         )
@@ -168,7 +204,8 @@ class S2Attention(nnx.Module):
         Raises:
           ValueError, TypeError: shapes that do not fit, or an offset without a context.
         """
-        check_input(x, context, query_offset, self.in_features)
+        axis_size(self.head_axis)
+        check_input(x, context, query_offset, segment_ids, kv_segment_ids, self.in_features)
         query = self.project_query(x, query_offset)
         key, value = self.project_key_value(x if context is None else context)
         return self.attend(

@@ -113,6 +113,14 @@ class Pattern(abc.ABC):
     def __and__(self, other: Pattern) -> Pattern:
         return Intersection(parts=_parts(Intersection, self, other), **_common("&", self, other))
 
+    __array_ufunc__ = None  # NumPy's arrays leave | and & to the two below
+
+    def __ror__(self, other: Any) -> Pattern:
+        raise TypeError(f"cannot combine {type(other).__name__} | a pattern")
+
+    def __rand__(self, other: Any) -> Pattern:
+        raise TypeError(f"cannot combine {type(other).__name__} & a pattern")
+
     def at_distance(self, near: int, far: int | None) -> Pattern:
         """Keeps what lies at `near <= d < far` blocks; `far=None` means any distance."""
         return AtDistance(

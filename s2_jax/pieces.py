@@ -113,7 +113,7 @@ class VerticalStride(Pattern):
         at_least_one("vert_stride", self.vert_stride)
         boolean("homogeneous", self.homogeneous)
         integer("head_offset", self.head_offset)
-        if self.heads not in ("kv", "query"):
+        if not isinstance(self.heads, str) or self.heads not in ("kv", "query"):
             raise ValueError(f'heads={self.heads!r} must be "kv" or "query"')
         if self.head_step is not None:
             integer("head_step", self.head_step)
@@ -121,8 +121,8 @@ class VerticalStride(Pattern):
             raise ValueError(f"dense_heads={self.dense_heads} must not be negative")
         if self.homogeneous and (self.head_step is not None or self.dense_heads):
             raise ValueError(
-                "homogeneous=True gives every head the same columns: it takes no "
-                f"head_step and no dense_heads, got {self.head_step=}, {self.dense_heads=}"
+                "homogeneous=True gives every head the same columns: it takes no head_step and no "
+                f"dense_heads, got head_step={self.head_step}, dense_heads={self.dense_heads}"
             )
 
     def _step(self, heads: Heads) -> int:

@@ -9,12 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from s2_jax.checks import static_number
+
 
 def check_rope(head_dim: int, base: float) -> None:
     """Raises ValueError where a head of this size cannot be rotated with this base."""
     if head_dim % 2:
         raise ValueError(f"{head_dim=} must be even for rotary embedding, which turns pairs")
-    if not base > 0:
+    if not static_number("rope_base", base, "it must be known when tracing") > 0:
         raise ValueError(f"rope_base={base!r} must be positive")
 
 

@@ -159,11 +159,6 @@ def test_any_number_of_batch_axes(batch):
     assert_close(out, s2_jax.s2_attention(*flat, PATTERN).reshape(*batch, 19, 4, 8))
 
 
-def test_batch_axes_that_differ():
-    with pytest.raises(ValueError, match="key must be"):
-        attention_fn(PATTERN)(normal(0, 2, 3, 5, 1, 8), *[normal(0, 3, 2, 5, 1, 8)] * 2)
-
-
 def test_options_reach_s2_attention():
     query, key, value = (normal(seed, 1, 19, 3, 8) for seed in range(3))
     options = {"scale": 0.3, "logits_soft_cap": 2.0, "implementation": "reference"}
@@ -187,33 +182,8 @@ def test_every_parameter_of_flax_is_named(original):
     assert all(p.kind is p.POSITIONAL_OR_KEYWORD for p in ours.values())
 
 
-REFUSED = {
-    "bias": {"bias": np.zeros((1, 1, 19, 19))},
-    "mask": {"mask": np.ones((1, 1, 19, 19), bool)},
-    "precision": {"precision": jax.lax.Precision.HIGHEST},
-    "module": {"module": flax.linen.Dense(3)},
-    "einsum_dot_general": {"einsum_dot_general": jax.lax.dot_general},
-    "qk_attn_weights_einsum": {"qk_attn_weights_einsum": jnp.einsum},
-    "attn_weights_value_einsum": {"attn_weights_value_einsum": jnp.einsum},
-    "promote_dtype": {"promote_dtype": flax.linen.dtypes.promote_dtype},
-    "input_positions": {"input_positions": np.arange(19)},
-    "dropout_rate": {"dropout_rate": 0.1, "deterministic": False},
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_honoured_is_refused_by_name(name):
-    arrays = [normal(0, 1, 19, 3, 8)] * 3
-    with pytest.raises(ValueError, match=f"cannot honour.*{name}"):
-        attention_fn(PATTERN)(*arrays, **REFUSED[name])
-
-
-def test_a_bidirectional_pattern_refuses_is_causal():
-    arrays = [normal(0, 1, 19, 3, 8)] * 3
-    both_ways = attention_fn(s2_jax.local(2, causal=False))
-    both_ways(*arrays, is_causal=False)
-    with pytest.raises(ValueError, match="is_causal=True"):
-        both_ways(*arrays, is_causal=True)
+def test_a_bidirectional_pattern_takes_is_causal_false():
+    attention_fn(s2_jax.local(2, causal=False))(*[normal(0, 1, 19, 3, 8)] * 3, is_causal=False)
 
 
 def test_without_dropout_its_other_options_have_no_effect():
@@ -254,15 +224,6 @@ def test_nnx_modules_pass_on_what_is_refused(x):
         nnx_attention(precision="highest")(x)
     with pytest.raises(ValueError, match="dropout_rate"):
         nnx_attention(dropout_rate=0.1)(x, deterministic=False, rngs=nnx.Rngs(1))
-
-
-def test_adapters_are_checked_when_made():
-    with pytest.raises(TypeError, match="pattern must be"):
-        attention_fn(np.ones((1, 2, 3), bool))
-    with pytest.raises(ValueError, match="implementation='cudnn'"):
-        attention_fn(PATTERN, implementation="cudnn")
-    with pytest.raises(TypeError, match="TileConfig"):
-        attention_fn(PATTERN, tiles=64)
 
 
 def test_equal_adapters_are_equal_and_trace_once():
@@ -460,68 +421,6 @@ def test_equal_modules_are_equal():
     assert linen_module(PATTERN) != linen_module(DENSE)
     assert nnx.graphdef(nnx_module(pattern())) == nnx.graphdef(nnx_module(pattern()))
     assert nnx.graphdef(nnx_module(PATTERN)) != nnx.graphdef(nnx_module(DENSE))
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        pytest.param({"head_dim": None}, ValueError, "in_features=11", id="head_dim"),
-        pytest.param({"num_kv_heads": 4}, ValueError, "num_kv_heads=4", id="groups"),
-        pytest.param({"num_kv_heads": 0}, ValueError, "num_kv_heads=0", id="no kv heads"),
-        pytest.param({"head_dim": 7}, ValueError, "head_dim=7 must be even", id="odd"),
-        pytest.param({"rope_base": 0.0}, ValueError, "rope_base=0.0", id="rope_base"),
-        pytest.param({"pattern": 3}, TypeError, "pattern must be", id="no pattern"),
-        pytest.param(
-            {"pattern": s2_jax.per_head([DENSE] * 5)}, ValueError, "5 patterns", id="per_head"
-        ),
-        pytest.param(
-            {"implementation": "cudnn"}, ValueError, "implementation='cudnn'", id="implementation"
-        ),
-        pytest.param(
-            {"use_bias": True, "head_axis": "h"}, ValueError, "head_axis='h'", id="split bias"
-        ),
-    ],
-)
-def test_bad_modules(row, options, error, message):
-    with pytest.raises(error, match=message):
-        nnx_module(**options)
-    with pytest.raises(error, match=message):
-        linen_module(**options).init(jax.random.key(0), row)
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        pytest.param(lambda f, x: f(x[..., :7]), ValueError, "x must be.*11", id="width"),
-        pytest.param(lambda f, x: f(x[0, 0]), ValueError, "x must be", id="rank"),
-        pytest.param(lambda f, x: f(x, x[..., :7]), ValueError, "context must be", id="context"),
-        pytest.param(
-            lambda f, x: f(x, query_offset=3), ValueError, "needs context", id="offset alone"
-        ),
-        pytest.param(
-            lambda f, x: f(x, query_offset=jnp.int32(0)), ValueError, "needs context", id="traced"
-        ),
-        pytest.param(
-            lambda f, x: f(x, x, query_offset=0.5), TypeError, "query_offset must", id="float"
-        ),
-        pytest.param(
-            lambda f, x: f(x, x, query_offset=-1), ValueError, "query_offset=-1", id="negative"
-        ),
-        pytest.param(
-            lambda f, x: f(x[:, 1:], x, segment_ids=jnp.zeros((2, 52), jnp.int32)),
-            ValueError,
-            "kv_segment_ids is required",
-            id="segments",
-        ),
-    ],
-)
-def test_bad_calls(row, call, error, message):
-    module = nnx_module()
-    with pytest.raises(error, match=message):
-        call(module, row)
-    variables = linen_variables(module)
-    with pytest.raises(error, match=message):
-        call(lambda *args, **options: linen_module().apply(variables, *args, **options), row)
 
 
 # Rotary embedding.
