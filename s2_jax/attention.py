@@ -9,11 +9,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import lowering
 from pallas_kernels.attention import Portable, block_sparse_attention
 from pallas_kernels.call import Settings
+from pallas_kernels.explicit import explicit_spec
 from pallas_kernels.tiles import TileConfig, pick_tiles
 from pallas_kernels.tokens import Tokens
 from s2_jax.checks import Call, check_call, check_implementation
@@ -129,6 +131,14 @@ class Reference:
     def __call__(
         self, query: Array, key: Array, value: Array, tokens: Tokens
     ) -> tuple[Array, Array]:
+        spec = explicit_spec(query)
+        if not any(spec):
+            return self._run(query, key, value, tokens)
+        split = (P(spec[0], None, spec[2], None), P(spec[0], spec[2], None))
+        run = jax.sharding.auto_axes(self._run, out_sharding=split)
+        return run(query, key, value, tokens)
+
+    def _run(self, query: Array, key: Array, value: Array, tokens: Tokens) -> tuple[Array, Array]:
         out, lse = reference_attention(
             query, key, value, self.pattern,
             Heads(tokens.head_index, self.num_heads, self.num_kv_heads), tokens,

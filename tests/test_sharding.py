@@ -44,7 +44,7 @@ def whole(**shape):
 
 def assert_same(ours, theirs):
     for a, b in zip(ours, theirs, strict=True):
-        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-5, atol=3e-5)
 
 
 SPLITS = {
@@ -93,13 +93,15 @@ def test_what_runs_without_a_gpu_is_right_over_a_mesh(implementation, kind):
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-def test_grouped_heads_over_a_mesh(kv_heads, kind):
+@pytest.mark.parametrize("implementation", ["interpret", None])
+def test_grouped_heads_over_a_mesh(implementation, kv_heads, kind):
     """Query heads over four devices, also where there are fewer key/value heads than devices."""
     mesh = make_mesh(kind)
     spec = P(None, None, "y")
     arrays = place(inputs(kv_heads=kv_heads), mesh, spec, kv_spec=spec if kv_heads == 4 else P())
+    run = jax.jit(functools.partial(gradients, implementation=implementation))
     with jax.set_mesh(mesh):
-        assert_same(jax.jit(gradients)(*arrays), whole(kv_heads=kv_heads))
+        assert_same(run(*arrays), whole(kv_heads=kv_heads))
 
 
 def test_a_mesh_that_jit_only_learns_of_from_its_arguments():
