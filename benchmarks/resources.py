@@ -5,7 +5,8 @@ where a kernel spills, takes more shared memory than the GPU has, or misses Hopp
 
 The assembler also moves a few registers of its own accord to memory where that lets one more
 program run on a multiprocessor (it then stops at 64, 80, 96, 128 or 168): up to 64 bytes of a
-kernel with registers to spare are no fault.
+kernel with registers to spare are no fault. Two tiles of Hopper spill and are kept: they were
+measured to be faster than all that do not (MEASURED_FASTER).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import tyro
 
 from benchmarks.resource_cases import KERNELS, Case, cases
 from pallas_kernels.official import Resources, measure
+from pallas_kernels.tiles import Tile
 
 # Most bytes of shared memory a program can have, by compute capability.
 SHARED_LIMITS = {
@@ -30,6 +32,12 @@ SHARED_LIMITS = {
 }
 MAX_REGISTERS = 255
 TRADED_BYTES = 64
+# These spill (outside of the loops where tiles divide the lengths), and were measured faster than
+# every tile that does not: benchmarks/results/h200-tune.json.
+MEASURED_FASTER = {
+    (90, "forward", Tile(128, 64, 4, 2)),
+    (90, "dkv", Tile(64, 64, 4, 2)),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +50,9 @@ class Options:
 def faults(case: Case, kernel: str, capability: int, needs: Resources) -> list[str]:
     """What is wrong with a kernel, in words; nothing where it fits."""
     found = []
-    if needs.spill_bytes > (TRADED_BYTES if needs.registers < MAX_REGISTERS else 0):
+    measured = (capability, kernel, case.tile(kernel)) in MEASURED_FASTER
+    allowed = TRADED_BYTES if needs.registers < MAX_REGISTERS else 0
+    if not measured and needs.spill_bytes > allowed:
         found.append(f"spills {needs.spill_bytes} bytes a thread")
     if needs.shared_bytes > SHARED_LIMITS[capability]:
         found.append(f"takes {needs.shared_bytes} of {SHARED_LIMITS[capability]} shared bytes")

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import tyro
 
 import s2_jax
+from benchmarks import report
 from pallas_kernels import backward, forward
 from pallas_kernels.call import Settings
 from pallas_kernels.tiles import Tile, TileConfig
@@ -152,6 +153,7 @@ def main(options: Options) -> None:
     if options.out is not None:
         device = jax.devices()[0].device_kind
         versions = {"device": device, "jax": jax.__version__, "launcher": options.launcher}
+        versions |= {"commit": report.commit()}
         options.out.write_text(json.dumps(versions | {"rows": rows}))
 
 

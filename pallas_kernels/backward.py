@@ -25,7 +25,7 @@ from pallas_kernels.call import (
 from pallas_kernels.lowering import call_kernel
 from pallas_kernels.program import Program, QueryTile
 from pallas_kernels.rows import load_rows, load_scalars, store_rows
-from pallas_kernels.softmax import dot
+from pallas_kernels.softmax import add_dot, dot
 from pallas_kernels.walk import ListMeta, walk
 
 _INPUTS = ("query", "key", "value", "grad_out", "lse", "delta")
@@ -60,7 +60,7 @@ def s2_dq_kernel(
         if bits is not None:
             ids = program.ids("kv_ids", positions, inside)
             grad_scores = jnp.where(mask(positions, bits, inside, ids), grad_scores, 0.0)
-        return dq + dot(grad_scores.astype(key.dtype), key)
+        return add_dot(dq, grad_scores.astype(key.dtype), key)
 
     dq = jnp.zeros((settings.tiles.dq.block_q, dim), jnp.float32)
     dq = walk(named, tile.row, meta, tile.span, accumulate, dq)
@@ -104,7 +104,7 @@ def s2_dkv_kernel(
         if mask is not None:
             weights = jnp.where(mask, weights, 0.0)
         grad_out = load_rows(do_ref, rows, value_dim, inside, member)
-        dv += dot(weights.astype(grad_out.dtype), grad_out)
+        dv = add_dot(dv, weights.astype(grad_out.dtype), grad_out)
         delta = load_scalars(delta_ref, rows, inside, 0.0, member)
         grad_weights = dot(value, grad_out, transpose_b=True)
         grad_scores = weights * (grad_weights - delta[None, :])
@@ -112,7 +112,7 @@ def s2_dkv_kernel(
             grad_scores *= 1.0 - scores * scores
         if mask is not None:
             grad_scores = jnp.where(mask, grad_scores, 0.0)
-        dk += dot(grad_scores.astype(query.dtype), query)
+        dk = add_dot(dk, grad_scores.astype(query.dtype), query)
         return dk, dv
 
     def add_member(member: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:

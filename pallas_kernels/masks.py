@@ -6,6 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
@@ -47,7 +48,7 @@ class TileMask:
         fixed, walked = self.positions[:, None], positions[None, :]
         shape = (self.positions.shape[0], positions.shape[0])
         if self.parts > 1:
-            which = lax.iota(jnp.int32, shape[0]) // self.part
+            which = lax.div(lax.iota(jnp.int32, shape[0]), np.int32(self.part))
             mask = ((bits[None, :] >> which[:, None]) & 1) != 0
         else:
             mask = jnp.broadcast_to((bits != 0)[None, :], shape)

@@ -65,6 +65,15 @@ def _log2(x: jax.Array) -> jax.Array:
     return exponent.astype(jnp.float32) + (2.0 * LOG2_E) * s * series
 
 
+def add_dot(total: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
+    """total + a @ b, in float32.
+
+    Triton adds a product to its sum term by term, which in float32 leaves the rounding of one long
+    chain. A difference it does not take apart: each product is summed by itself.
+    """
+    return total - dot(-a, b) if a.dtype == jnp.float32 else total + dot(a, b)
+
+
 def dot(a: jax.Array, b: jax.Array, *, transpose_b: bool = False) -> jax.Array:
     """a @ b (or a @ b.T) in float32; float32 inputs are multiplied in IEEE precision."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None

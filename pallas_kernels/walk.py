@@ -156,9 +156,9 @@ def _walk_partial(
         if meta.group == 1:
             entry = jnp.full((meta.tile,), partial[begin])
         else:
-            slot = begin + lane // meta.unit
+            slot = begin + lax.div(lane, np.int32(meta.unit))
             entry = plgpu.load(partial.at[slot], mask=slot < stop, other=-1)  # a negative unit
-        positions = (entry >> meta.rows) * meta.unit + lane % meta.unit
+        positions = (entry >> meta.rows) * meta.unit + lax.rem(lane, np.int32(meta.unit))
         bits = entry & meta.everyone
         if span is None:
             return body(positions, bits, carry)
@@ -204,4 +204,6 @@ def _positions(unit: jax.Array, step: jax.Array, meta: ListMeta) -> jax.Array:
     lane = lax.iota(jnp.int32, meta.tile)
     if meta.group == 1:
         return unit * meta.unit + lane
-    return unit * meta.unit + (lane // meta.unit) * (step * meta.unit) + lane % meta.unit
+    # Not // and %: the selects that mend their signs mislead Triton 3.6 about alignment.
+    member, place = lax.div(lane, np.int32(meta.unit)), lax.rem(lane, np.int32(meta.unit))
+    return unit * meta.unit + member * (step * meta.unit) + place

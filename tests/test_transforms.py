@@ -125,7 +125,8 @@ def test_export(implementation):
     """An exported program runs where it was made for; the kernels need one check switched off."""
     query, key, value = arrays()
     run = jax.jit(functools.partial(attend, implementation=implementation))
-    unchecked = [jax.export.DisabledSafetyCheck.custom_call("__gpu$xla.gpu.triton")]
+    targets = ("__gpu$xla.gpu.triton", "triton_kernel_call_ffi")
+    unchecked = [jax.export.DisabledSafetyCheck.custom_call(target) for target in targets]
     exported = jax.export.export(run, disabled_checks=unchecked)(query, key, value)
     np.testing.assert_allclose(
         exported.call(query, key, value), run(query, key, value), rtol=1e-6, atol=1e-6
