@@ -39,8 +39,8 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str | None:
-    """Of the checkout; where it is a bare copy, what the variable COMMIT says."""
-    return _output_of(("git", "rev-parse", "HEAD")) or os.environ.get("COMMIT")
+    """What the variable COMMIT says, for a copy of the files; otherwise that of the checkout."""
+    return os.environ.get("COMMIT") or _output_of(("git", "rev-parse", "HEAD"))
 
 
 def _output_of(command: tuple[str, ...]) -> str | None:

@@ -170,6 +170,7 @@ def dq(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Arr
         out_shape=[jax.ShapeDtypeStruct(query.shape, query.dtype)],
         tile=settings.tiles.dq,
         launcher=settings.launcher,
+        gathers=lists.group > 1,
     )  # fmt: skip
     return (gradient,)
 
@@ -208,5 +209,6 @@ def dkv(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Ar
         ],
         tile=settings.tiles.dkv,
         launcher=settings.launcher,
+        gathers=lists.group > 1,
     )  # fmt: skip
     return dk, dv

@@ -64,6 +64,8 @@ def pick_tiles(
     pick = {90: _hopper, 100: _blackwell, 103: _blackwell}.get(compute_capability, _ampere)
     tiles = pick(head_dim, itemsize, q_len)
     dkv = dataclasses.replace(tiles.dkv, block_kv=min(tiles.dkv.block_kv, block_size))
+    if compute_capability == 90 and itemsize == 2 and dkv.block_kv == 32:
+        dkv = dataclasses.replace(dkv, block_q=32)  # 64 spills
     return dataclasses.replace(tiles, dkv=dkv)
 
 
