@@ -34,8 +34,15 @@ def check_split(name: str, array: jax.Array) -> None:
         )
 
 
-def is_split(arrays: Arrays) -> bool:
-    return any(axis for array in arrays.values() for axis in explicit_spec(array))
+def is_split(arrays: Any) -> bool:
+    """Whether any array of a tree is split over Explicit axes."""
+    return any(axis for array in jax.tree.leaves(arrays) for axis in explicit_spec(array))
+
+
+def explicit_axes() -> set[str]:
+    mesh = jax.sharding.get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {name for name, kind in kinds if kind == jax.sharding.AxisType.Explicit}
 
 
 def shard_over_explicit_axes(
@@ -99,7 +106,7 @@ def shard_over_explicit_axes(
         on_device,
         in_specs=in_specs,
         out_specs=tuple(spec_of(name) for name in results),
-        **_explicit_axes(),
+        **_by_hand(),
         check_vma=False,
     )(*placed)
     return tuple(
@@ -113,12 +120,11 @@ def _put(like: jax.Array, part: jax.Array, start: jax.Array) -> jax.Array:
     return lax.dynamic_update_slice_in_dim(jnp.zeros_like(like), part, start, axis=like.ndim - 2)
 
 
-def _explicit_axes() -> dict[str, Any]:
+def _by_hand() -> dict[str, Any]:
     """Which axes to take by hand, where not all; all are fewer where one is mapped by `vmap`."""
-    mesh = jax.sharding.get_abstract_mesh()
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    names = {name for name, kind in kinds if kind == jax.sharding.AxisType.Explicit}
-    return {} if len(names) == len(mesh.axis_names) else {"axis_names": names}
+    names = explicit_axes()
+    every = len(names) == len(jax.sharding.get_abstract_mesh().axis_names)
+    return {} if every else {"axis_names": names}
 
 
 def _names(axes: Any) -> tuple[str, ...]:

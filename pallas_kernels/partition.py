@@ -105,6 +105,8 @@ def _local(call: KernelCall, lead: int, arrays: Arrays, lists: Arrays) -> tuple[
     """Folds the leading axes into one batch axis around the call."""
     batch = arrays["offset"].shape
     assert len(batch) == lead + 1
+    if 0 in batch:  # as vmap over an axis without entries makes it
+        return tuple(_zeros(name, arrays) for name in call.results)
 
     def fold(array: jax.Array) -> jax.Array:
         return array.reshape(math.prod(batch), *array.shape[lead + 1 :])
@@ -112,6 +114,15 @@ def _local(call: KernelCall, lead: int, arrays: Arrays, lists: Arrays) -> tuple[
     folded = {name: fold(array) for name, array in arrays.items()}
     results = call.function(call.settings, folded, lists)
     return tuple(result.reshape(*batch, *result.shape[1:]) for result in results)
+
+
+def _zeros(name: str, arrays: Arrays) -> jax.Array:
+    query, value = arrays["query"], arrays["value"]
+    if name == "out":
+        return jnp.zeros((*query.shape[:-1], value.shape[-1]), query.dtype)
+    if name == "lse":
+        return jnp.zeros((*query.shape[:-3], query.shape[-2], query.shape[-3]), jnp.float32)
+    return jnp.zeros_like(arrays[name])
 
 
 def _may_be_split() -> bool:
@@ -144,7 +155,14 @@ def _splittable(
         if not _agree(zip((*names, *call.results), (*inputs[: len(names)], *results))):
             whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
             return mesh, run, (whole,) * len(results), (whole,) * len(inputs)
-        if sums_parts and (members := inputs[names.index("query")].sharding.spec[-2]):
+        query = inputs[names.index("query")]
+        if sums_parts and query.sharding.shard_shape(query.shape)[-2] < query.shape[-2]:
+            if not isinstance(query.sharding, jax.sharding.NamedSharding):
+                raise ValueError(
+                    "query heads that share one key/value head are split over an axis without a "
+                    "name here; use shard_map over all axes of the mesh"
+                )
+            members = query.sharding.spec[-2]
             lower = lambda *flat: lax.psum(run(*flat), members)  # noqa: E731
         shardings = lambda arrays: tuple(array.sharding for array in arrays)  # noqa: E731
         return mesh, lower, shardings(results), shardings(inputs)
@@ -171,10 +189,11 @@ def _agree(arrays: Iterable[tuple[str, Any]]) -> bool:
     for name, array in arrays:
         axes = _AXES[name].split()
         lead = array.ndim - len(axes) + 1
-        for sizes, shape in (
-            (local, array.sharding.shard_shape(array.shape)),
-            (whole, array.shape),
-        ):
+        try:
+            held = array.sharding.shard_shape(array.shape)
+        except ValueError:  # a number of rows or heads that the devices do not divide
+            return False
+        for sizes, shape in ((local, held), (whole, array.shape)):
             for axis, size in zip(axes, (shape[:lead], *shape[lead:]), strict=True):
                 sizes.setdefault(axis, set()).add(size)
     if any(len(found) > 1 for found in local.values()):

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import lowering
 from pallas_kernels.attention import Portable, block_sparse_attention
 from pallas_kernels.call import Settings
-from pallas_kernels.explicit import explicit_spec
+from pallas_kernels.explicit import explicit_axes, explicit_spec, is_split
 from pallas_kernels.tiles import TileConfig, pick_tiles
 from pallas_kernels.tokens import Tokens
 from s2_jax.checks import Call, check_call, check_implementation
@@ -131,11 +131,11 @@ class Reference:
     def __call__(
         self, query: Array, key: Array, value: Array, tokens: Tokens
     ) -> tuple[Array, Array]:
-        spec = explicit_spec(query)
-        if not any(spec):
+        if not is_split((query, key, value, tokens)):
             return self._run(query, key, value, tokens)
-        split = (P(spec[0], None, spec[2], None), P(spec[0], spec[2], None))
-        run = jax.sharding.auto_axes(self._run, out_sharding=split)
+        batch, _, heads, _ = explicit_spec(query)  # which everything follows, as in the kernels
+        split = (P(batch, None, heads, None), P(batch, heads, None))
+        run = jax.sharding.auto_axes(self._run, axes=tuple(explicit_axes()), out_sharding=split)
         return run(query, key, value, tokens)
 
     def _run(self, query: Array, key: Array, value: Array, tokens: Tokens) -> tuple[Array, Array]:

@@ -305,8 +305,8 @@ def check_scale(scale: Any) -> float | None:
     if scale is None:
         return None
     scale = static_number("scale", scale, "multiply the query instead")
-    if scale and not 1e-20 <= abs(scale) <= 1e20:
-        raise ValueError(f"{scale=} must be 0 or between 1e-20 and 1e20 in size")
+    if scale and not 1e-20 <= abs(scale) <= 1e8:
+        raise ValueError(f"{scale=} must be 0 or between 1e-20 and 1e8 in size")
     return scale
 
 
@@ -314,8 +314,8 @@ def check_soft_cap(cap: Any) -> float | None:
     if cap is None:
         return None
     cap = static_number("logits_soft_cap", cap, "it must be known when tracing")
-    if not 1e-20 <= cap <= 1e20:  # beyond, score / cap leaves float32
-        raise ValueError(f"logits_soft_cap={cap} must be positive, between 1e-20 and 1e20")
+    if not 1e-20 <= cap <= 1e8:  # beyond, score / cap leaves float32
+        raise ValueError(f"logits_soft_cap={cap} must be positive, between 1e-20 and 1e8")
     return cap
 
 

@@ -38,6 +38,12 @@ def reference_attention(
     """
     batch, q_len, num_heads, _ = query.shape
     kv_len = key.shape[1]
+    query, key, value = (
+        _without_padding(array, length)
+        for array, length in (
+            (query, tokens.q_length), (key, tokens.kv_length), (value, tokens.kv_length)
+        )
+    )  # fmt: skip
     chunk = min(q_len, max(1, _SCORES_PER_CHUNK // max(1, batch * num_heads * kv_len)))
     num_chunks = math.ceil(q_len / chunk)
     rows = jnp.arange(num_chunks * chunk, dtype=jnp.int32).reshape(num_chunks, chunk)
@@ -52,7 +58,15 @@ def reference_attention(
     out, lse = jax.lax.map(lambda args: attend(*args), (chunks, rows))
     out = jnp.moveaxis(out, 0, 1).reshape(batch, num_chunks * chunk, num_heads, value.shape[-1])
     lse = jnp.moveaxis(lse, 0, 2).reshape(batch, num_heads, num_chunks * chunk)
-    return out[:, :q_len], lse[:, :, :q_len]
+    return _without_padding(out[:, :q_len], tokens.q_length), lse[:, :, :q_len]
+
+
+def _without_padding(array: Array, length: Array | None) -> Array:
+    """Zeros in padded rows: whatever stands there, forward or backward, reaches nothing."""
+    if length is None:
+        return array
+    row = jnp.arange(array.shape[1], dtype=jnp.int32)[None]
+    return jnp.where((row < length[:, None])[:, :, None, None], array, 0)
 
 
 def _token_mask(

@@ -168,6 +168,18 @@ def test_padding_and_neighbours_change_no_bit(kernels):
         assert clean[name][0].tobytes() == alone[name][0].tobytes(), name
 
 
+def test_nan_in_the_padding_reaches_nothing(implementation):
+    """Nor does one in the gradient of a padded query's output."""
+    call = CALLS["lengths"]
+    inputs = {name: array.copy() for name, array in call.inputs().items()}
+    for row, (queries, keys) in enumerate(zip(call.query_lengths, call.kv_lengths)):
+        for name, stop in (("query", queries), ("d_out", queries), ("key", keys), ("value", keys)):
+            inputs[name][row, stop:] = np.nan
+    clean, poisoned = call.run(implementation), call.run(implementation, **inputs)
+    for name in clean:
+        np.testing.assert_allclose(poisoned[name], clean[name], rtol=1e-6, err_msg=name)
+
+
 def test_padding_gets_zeros(implementation):
     call = CALLS["lengths"]
     got = call.run(implementation)

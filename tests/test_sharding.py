@@ -172,3 +172,41 @@ def test_pmap_of_vmap():
     arrays = inputs()
     found = jax.pmap(jax.vmap(gradients))(*(a.reshape(4, 2, 1, *a.shape[1:]) for a in arrays))
     assert_same([a.reshape(8, *a.shape[3:]) for a in found], whole())
+
+
+@pytest.mark.parametrize("implementation", ["interpret", None])
+def test_rows_that_the_devices_do_not_divide(implementation):
+    """Right, if not split: as slicing a split array leaves them."""
+    mesh = make_mesh(AxisType.Auto)
+    arrays = place(inputs(), mesh, SPLITS["batch-over-two"])
+
+    def some(*arrays):
+        return gradients(*(a[:5] for a in arrays), implementation=implementation)
+
+    assert_same(jax.jit(some)(*arrays), [a[:5] for a in whole()])
+
+
+def test_one_key_head_where_some_axes_are_taken_by_hand():
+    mesh = make_mesh(AxisType.Auto)
+    q, k, v, ids = inputs(kv_heads=1)
+    run = jax.shard_map(
+        gradients, mesh=mesh, in_specs=P("x"), out_specs=P("x"), axis_names={"x"}, check_vma=False
+    )
+    assert_same(jax.jit(run)(q, k, v, ids), whole(kv_heads=1))
+
+
+@pytest.mark.parametrize("implementation", ["interpret", "reference", None])
+def test_everything_follows_the_query_over_explicit_axes(implementation):
+    """A whole query with split segments, and a query split over more than one axis by hand."""
+    mesh = make_mesh(AxisType.Explicit)
+    run = functools.partial(gradients, implementation=implementation)
+    q, k, v, ids = inputs()
+    with jax.set_mesh(mesh):
+        arrays = [jax.device_put(a, P()) for a in (q, k, v)]
+        found = jax.jit(run)(*arrays, jax.device_put(ids, P("x")))
+        assert_same(found, whole())
+        split = [jax.device_put(a, P("x", None, "y")) for a in (q, k, v)]
+        by_hand = jax.shard_map(
+            run, in_specs=P("x"), out_specs=P("x"), axis_names={"x"}, check_vma=False
+        )
+        assert_same(jax.jit(by_hand)(*split, jax.device_put(ids, P("x"))), whole())

@@ -62,6 +62,13 @@ def test_vmap_of_vmap_and_of_what_is_not_mapped(implementation):
     np.testing.assert_allclose(found.reshape(truth.shape), truth, rtol=1e-5, atol=1e-5)
 
 
+def test_vmap_over_nothing(implementation):
+    arguments = [jnp.ones((0, *a.shape)) for a in arrays()]
+    ids = jnp.zeros((0, *CALL.ids()[0].shape), jnp.int32)
+    found = jax.vmap(functools.partial(gradients, implementation=implementation))(*arguments, ids)
+    assert [a.shape for a in found] == [a.shape for a in arguments]
+
+
 def kernels_in(function, *shapes):
     """How often each kernel is launched by the program for a GPU."""
     with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=H100)):
