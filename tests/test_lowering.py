@@ -1,6 +1,5 @@
 """Every kernel, at every tile configuration that can be picked, lowers for CUDA without a GPU."""
 
-import functools
 import itertools
 
 import jax
@@ -148,19 +147,20 @@ FEATURES = {name: call for name, call in MASKED.items() if call.tiles is not Non
 @pytest.mark.parametrize("call", FEATURES.values(), ids=FEATURES)
 def test_every_feature_lowers(call):
     """What test_masks.py interprets is lowered for CUDA too, with its gradients."""
-    inputs = {n: jax.ShapeDtypeStruct(a.shape, a.dtype) for n, a in call.inputs().items()}
+
+    def shape(array):
+        return jax.ShapeDtypeStruct(array.shape, array.dtype)
+
+    inputs, masks = jax.tree.map(shape, (call.inputs(), call.masks()))
     arrays = [inputs[name] for name in ("query", "key", "value")]
-    offset = jax.ShapeDtypeStruct((call.batch,), jnp.int32) if call.traced else call.query_offset
+    offset = jax.ShapeDtypeStruct((call.batch,), jnp.int32)
+
+    def loss(query, key, value, offset, masks):
+        start = offset if call.traced else call.query_offset
+        out, lse = call.attend("triton", query, key, value, start, masks)
+        return out.astype(jnp.float32).sum() + lse.sum()
+
     with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=H100)):
-        masks = call.masks()
-
-        def loss(*arrays, offset):
-            out, lse = call.attend("triton", *arrays, offset, masks)
-            return out.astype(jnp.float32).sum() + lse.sum()
-
-        if not call.traced:
-            loss = functools.partial(loss, offset=offset)
-        run = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
-        traced = run.trace(*arrays, **({"offset": offset} if call.traced else {}))
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*arrays, offset, masks)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert all(kernel in text for kernel in KERNELS)
