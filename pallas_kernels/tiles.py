@@ -74,7 +74,7 @@ def _hopper(head_dim: int, itemsize: int, q_len: int) -> TileConfig:
 
     Up to head_dim 128 from `python -m benchmarks.tune` on an H200: 4 warps a program let two
     programs share a multiprocessor, which hides one's softmax behind the other's products. They
-    spill a few registers, and are still 1.2 (forward) and 2.4 (dk/dv) times as fast as 8 warps.
+    spill a few registers, and are still 1.1 (forward) and 2.3 (dk/dv) times as fast as 8 warps.
     """
     if itemsize == 4:
         return _float32(head_dim)

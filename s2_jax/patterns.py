@@ -192,8 +192,7 @@ def _common(symbol: str, a: Pattern, b: Pattern) -> dict[str, Any]:
 
 
 def _smallest(patterns: tuple[Pattern, ...]) -> int | None:
-    limits = [p.q_block_limit for p in patterns]
-    return min((limit for limit in limits if limit is not None), default=None)
+    return min((p.q_block_limit for p in patterns if p.q_block_limit is not None), default=None)
 
 
 def _parts(kind: type, a: Pattern, b: Pattern) -> tuple[Pattern, ...]:
@@ -215,12 +214,12 @@ class _Combination(Pattern):
             raise ValueError("a token_window joins the rest once, at the top level")
 
     def token_window(self) -> tuple[Pattern | None, Window | None]:
-        windows = [part.token_window()[1] for part in self.parts if part._has_token_window]
-        if not windows or windows[0] is None:
+        found = (part.token_window()[1] for part in self.parts if part._has_token_window)
+        if (window := next(found, None)) is None:
             return self, None
         rest = tuple(part for part in self.parts if not part._has_token_window)
         joined = rest[0] if len(rest) == 1 else dataclasses.replace(self, parts=rest)
-        return joined, Window(windows[0].size, adds=isinstance(self, Union))
+        return joined, Window(window.size, adds=isinstance(self, Union))
 
     @property
     def q_block_limit(self) -> int | None:
