@@ -2,15 +2,18 @@
 
     python -m benchmarks.tune --lengths 8192 131072 --out tune.json
 
-Prints milliseconds and TFLOP/s of visited blocks (2 matmuls forward, 3 for dq, 4 for dk/dv).
+Prints milliseconds and TFLOP/s of visited blocks (2 matmuls forward, 3 for dq, 4 for dk/dv), and
+at last the `TileConfig` to pass as `tiles=`, with its gain over the default.
 """
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
 import itertools
 import json
+import math
 import pathlib
 import statistics
 import time
@@ -23,138 +26,202 @@ import tyro
 
 import s2_jax
 from benchmarks import report
-from pallas_kernels import backward, forward
+from pallas_kernels import backward, forward, lowering
 from pallas_kernels.call import Settings
-from pallas_kernels.tiles import Tile, TileConfig
+from pallas_kernels.tiles import Tile, TileConfig, pick_tiles
 from s2_jax.layout import PatternLayouts, number_patterns
 
+# block_q, block_kv, num_warps, num_stages, unroll
 FORWARD = [
-    Tile(64, 64, 4, 2),
-    Tile(64, 64, 4, 3),
-    Tile(128, 64, 4, 2),
-    Tile(128, 64, 4, 3),
-    Tile(128, 64, 8, 2),
-    Tile(128, 64, 8, 3),
-    Tile(128, 32, 4, 2),
-    Tile(128, 32, 4, 3),
-    Tile(64, 32, 4, 2),
-]
+    (64, 32, 4, 3, 1), (64, 64, 4, 1, 1), (64, 64, 4, 2, 1), (64, 64, 4, 2, 2), (64, 64, 4, 3, 1),
+    (64, 128, 4, 2, 1), (128, 32, 4, 3, 1), (128, 32, 4, 3, 2), (128, 64, 4, 2, 1),
+    (128, 64, 8, 2, 2), (128, 64, 8, 3, 1), (128, 64, 8, 3, 2), (128, 128, 8, 2, 1),
+]  # fmt: skip
 DQ = [
-    Tile(64, 64, 4, 2),
-    Tile(64, 64, 8, 2),
-    Tile(128, 64, 8, 2),
-    Tile(128, 64, 8, 3),
-    Tile(64, 32, 4, 2),
-    Tile(64, 64, 8, 1),
-]
+    (64, 32, 4, 2, 1), (64, 32, 4, 2, 2), (64, 32, 4, 3, 1), (64, 64, 4, 1, 1), (64, 64, 4, 2, 1),
+    (64, 64, 4, 2, 2), (64, 128, 4, 1, 1), (128, 64, 8, 2, 1), (128, 64, 8, 2, 2),
+    (128, 64, 8, 3, 1), (128, 128, 8, 2, 1),
+]  # fmt: skip
 DKV = [
-    Tile(64, 64, 4, 2),
-    Tile(64, 64, 4, 3),
-    Tile(32, 64, 4, 3),
-    Tile(64, 64, 8, 1),
-    Tile(64, 64, 8, 2),
-    Tile(32, 64, 8, 2),
-    Tile(64, 128, 8, 2),
-]
-KERNELS = {"forward": (FORWARD, 2), "dq": (DQ, 3), "dkv": (DKV, 4)}
+    (32, 32, 4, 2, 1), (32, 64, 4, 2, 1), (32, 64, 4, 3, 1), (64, 64, 4, 1, 1), (64, 64, 4, 2, 1),
+    (64, 64, 4, 3, 1), (32, 128, 8, 3, 1), (64, 128, 8, 2, 1), (64, 128, 8, 3, 1),
+    (64, 128, 8, 4, 1),
+]  # fmt: skip
+CANDIDATES = {"forward": FORWARD, "dq": DQ, "dkv": DKV}
+MATMULS = {"forward": 2, "dq": 3, "dkv": 4}
+_FUNCTIONS = {"forward": forward.forward, "dq": backward.dq, "dkv": backward.dkv}
+_GROUP_SECONDS = 0.03
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """A pattern and shapes; bfloat16, batch 1, causal."""
+    """A pattern and shapes; bfloat16, causal."""
 
     lengths: tuple[int, ...] = (8192, 131072)
+    batch: int = 1
     local_blocks: int = 8
     vert_stride: int = 16
     block_size: int = 64
     heads: int = 32
     kv_heads: int = 32
     head_dim: int = 128
-    kernels: tuple[str, ...] = ("forward", "dq", "dkv")
-    launcher: Literal["pallas", "jax_triton"] = "pallas"
+    documents: int = 0
+    """Segments of equal length in a row; 0: no segments."""
+    kernels: tuple[Literal["forward", "dq", "dkv"], ...] = ("forward", "dq", "dkv")
+    launchers: tuple[Literal["pallas", "jax_triton"], ...] = ("pallas",)
+    rounds: int = 5
     out: pathlib.Path | None = None
 
-
-def seconds(run: Callable[[], Any], groups: int = 3) -> float:
-    """Median over groups of back-to-back calls, each group about 60 ms."""
-    jax.block_until_ready(run())
-    begin = time.perf_counter()
-    jax.block_until_ready(run())
-    calls = max(1, int(0.06 / (time.perf_counter() - begin)))
-    times = []
-    for _ in range(groups):
-        begin = time.perf_counter()
-        for _ in range(calls):
-            result = run()
-        jax.block_until_ready(result)
-        times.append((time.perf_counter() - begin) / calls)
-    return statistics.median(times)
+    @property
+    def pattern(self) -> s2_jax.Pattern:
+        return s2_jax.local_stride(self.local_blocks, self.vert_stride, block_size=self.block_size)
 
 
-def time_tile(kernel: str, tile: Tile, options: Options, length: int, arrays: Any) -> float:
-    pattern = s2_jax.local_stride(
-        options.local_blocks, options.vert_stride, block_size=options.block_size
-    )
-    tiles = TileConfig(tile, tile, tile)
-    heads = (options.heads, options.kv_heads)
+def draw(options: Options, length: int) -> dict[str, jax.Array]:
+    """What the kernels take, by name."""
+
+    def normal(seed: int, heads: int) -> jax.Array:
+        shape = (options.batch, length, heads, options.head_dim)
+        return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+
+    heads, kv_heads, batch = options.heads, options.kv_heads, options.batch
+    names = ("query", "key", "value", "grad_out")
+    numbers = (heads, kv_heads, kv_heads, heads)
+    arrays = {name: normal(i, n) for i, (name, n) in enumerate(zip(names, numbers))}
+    lse = jnp.full((batch, heads, length), 8.0)
+    pattern_of_head = number_patterns(options.pattern.head_keys(heads, kv_heads))
+    arrays |= {
+        "lse": lse,
+        "delta": jnp.zeros_like(lse),
+        "pattern_of_head": jnp.broadcast_to(
+            jnp.asarray(pattern_of_head, jnp.int32), (batch, heads)
+        ),
+        "offset": jnp.zeros((batch,), jnp.int32),
+    }
+    if options.documents:
+        ids = jnp.arange(length, dtype=jnp.int32) // -(-length // options.documents)
+        arrays |= dict.fromkeys(("q_ids", "kv_ids"), jnp.broadcast_to(ids, (batch, length)))
+    return arrays
+
+
+def program(
+    kernel: str, tile: Tile, launcher: Any, options: Options, length: int
+) -> tuple[Any, dict[str, jax.Array]]:
+    """The kernel's function, jitted, and its lists."""
+    tiles = TileConfig(tile, tile, dataclasses.replace(tile, unroll=1))
     settings = Settings(
-        layouts=PatternLayouts(pattern, *heads, 0, length, length, tiles),
+        layouts=PatternLayouts(
+            options.pattern, options.heads, options.kv_heads, 0, length, length, tiles
+        ),
         tiles=tiles,
         scale=options.head_dim**-0.5,
         causal=True,
         block_size=options.block_size,
         query_offset=0,
         q_limit=length,
-        launcher=options.launcher,
+        launcher=launcher,
     )
-    numbers = jnp.asarray([number_patterns(pattern.head_keys(*heads))], jnp.int32)
-    named = dict(zip(("query", "key", "value", "grad_out", "lse", "delta"), arrays, strict=True))
-    named |= {"pattern_of_head": numbers, "offset": jnp.zeros((1,), jnp.int32)}
-    function = {"forward": forward.forward, "dq": backward.dq, "dkv": backward.dkv}[kernel]
     lists = getattr(settings.layouts, kernel)().arrays
-    run = jax.jit(functools.partial(function, settings))
-    return seconds(functools.partial(run, named, lists))
+    return jax.jit(functools.partial(_FUNCTIONS[kernel], settings)), lists
 
 
-def draw(options: Options, length: int) -> tuple[jax.Array, ...]:
-    def normal(seed: int, heads: int) -> jax.Array:
-        shape = (1, length, heads, options.head_dim)
-        return jax.random.normal(jax.random.key(seed), shape, jnp.bfloat16)
+def seconds(run: Callable[[], Any], calls: int) -> float:
+    begin = time.perf_counter()
+    for _ in range(calls):
+        result = run()
+    jax.block_until_ready(result)
+    return (time.perf_counter() - begin) / calls
 
-    query, key, value, grad_out = (
-        normal(i, n) for i, n in enumerate((options.heads, *[options.kv_heads] * 2, options.heads))
+
+def time_tiles(options: Options, length: int) -> list[dict[str, Any]]:
+    """A row for each kernel, launcher and tile: all compiled first, then timed in turn."""
+    arrays = draw(options, length)
+    flops = options.batch * options.pattern.flops(
+        options.heads, length, length, options.kv_heads, head_dim=options.head_dim
     )
-    lse = jnp.full((1, options.heads, length), 8.0)
-    return query, key, value, grad_out, lse, jnp.zeros_like(lse)
+    rows: list[dict[str, Any]] = []
+    lowered = []
+    for kernel, launcher in itertools.product(options.kernels, options.launchers):
+        for tile in dict.fromkeys([default(options, length, kernel), *CANDIDATES[kernel]]):
+            rows.append({"length": length, "kernel": kernel, "launcher": launcher, "tile": tile})
+            run, lists = program(kernel, Tile(*tile), launcher, options, length)
+            lowered.append((run.lower(arrays, lists), lists))
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        compiled = list(pool.map(_compile, (one for one, _ in lowered)))
+    runs = {}
+    for i, (executable, (_, lists)) in enumerate(zip(compiled, lowered, strict=True)):
+        try:
+            if isinstance(executable, jax.errors.JaxRuntimeError):
+                raise executable
+            run = functools.partial(executable, arrays, lists)
+            jax.block_until_ready(run())
+            runs[i] = run, max(1, math.ceil(_GROUP_SECONDS / seconds(run, 1)))
+        except jax.errors.JaxRuntimeError as error:  # does not fit this GPU
+            rows[i]["error"] = str(error).splitlines()[0][:200]
+    times: dict[int, list[float]] = {i: [] for i in runs}
+    for _ in range(options.rounds):
+        for i, (run, calls) in runs.items():
+            times[i].append(seconds(run, calls))
+    for i, taken in times.items():
+        median = statistics.median(taken)
+        rate = flops / 2 * MATMULS[rows[i]["kernel"]] / median / 1e12
+        rows[i] |= {"ms": median * 1e3, "spread_ms": [min(taken) * 1e3, max(taken) * 1e3]}
+        rows[i] |= {"tflops": rate}
+    return rows
+
+
+def _compile(lowered: Any) -> Any:
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        return error
+
+
+def default(options: Options, length: int, kernel: str) -> tuple[int, ...]:
+    tiles = pick_tiles(
+        head_dim=options.head_dim,
+        itemsize=2,
+        q_len=length,
+        block_size=options.block_size,
+        compute_capability=lowering.compute_capability() or 90,
+    )
+    return dataclasses.astuple(getattr(tiles, kernel))
+
+
+def report_rows(options: Options, length: int, rows: list[dict[str, Any]]) -> None:
+    """A table, fastest first, and the configuration to take."""
+    for row in sorted(rows, key=lambda row: (row["kernel"], row["launcher"], row.get("ms", 1e9))):
+        figures = row.get("error") or f"{row['ms']:9.3f} ms {row['tflops']:7.1f} TFLOP/s"
+        name = f"{length:8d} {row['kernel']:8s} {row['launcher']:10s} {row['tile']!s:20s}"
+        print(f"{name} {figures}")
+    for launcher in options.launchers:
+        best, gains = {}, []
+        for kernel in options.kernels:
+            timed = {
+                row["tile"]: row["ms"] for row in rows
+                if (row["kernel"], row["launcher"]) == (kernel, launcher) and "ms" in row
+            }  # fmt: skip
+            if timed:
+                tile = min(timed, key=lambda tile: timed[tile])
+                best[kernel] = f"{kernel}={Tile(*tile)}"
+                usual = timed.get(default(options, length, kernel))
+                gains.append(f"{kernel} {usual / timed[tile]:.2f}x" if usual else kernel)
+        print(f"{length} tokens, {launcher}: TileConfig({', '.join(best.values())})")
+        print(f"  faster than the default: {', '.join(gains)}", flush=True)
 
 
 def main(options: Options) -> None:
-    pattern = s2_jax.local_stride(
-        options.local_blocks, options.vert_stride, block_size=options.block_size
-    )
     rows = []
-    for length, kernel in itertools.product(options.lengths, options.kernels):
-        tiles, matmuls = KERNELS[kernel]
-        arrays = draw(options, length)
-        flops = pattern.flops(
-            options.heads, length, length, options.kv_heads, head_dim=options.head_dim
-        )
-        for tile in tiles:
-            row = {"length": length, "kernel": kernel, "tile": dataclasses.astuple(tile)}
-            try:
-                taken = time_tile(kernel, tile, options, length, arrays)
-            except jax.errors.JaxRuntimeError as error:  # does not fit this GPU
-                row["error"] = str(error).splitlines()[0][:200]
-            else:
-                row |= {"ms": taken * 1e3, "tflops": flops / 2 * matmuls / taken / 1e12}
-            rows.append(row)
-            figures = row.get("error") or f"{row['ms']:9.3f} ms {row['tflops']:7.1f} TFLOP/s"
-            print(f"{length:8d} {kernel:8s} {row['tile']!s:18s} {figures}", flush=True)
+    for length in options.lengths:
+        found = time_tiles(options, length)
+        report_rows(options, length, found)
+        rows += found
     if options.out is not None:
-        device = jax.devices()[0].device_kind
-        versions = {"device": device, "jax": jax.__version__, "launcher": options.launcher}
-        versions |= {"commit": report.commit()}
-        options.out.write_text(json.dumps(versions | {"rows": rows}))
+        facts = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+        facts |= {"commit": report.commit(), "options": dataclasses.asdict(options)}
+        text = json.dumps(facts | {"rows": rows}, default=str)
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -23,10 +23,10 @@ from pallas_kernels.call import (
     padded_dim,
 )
 from pallas_kernels.lowering import call_kernel
-from pallas_kernels.program import Program, QueryTile
+from pallas_kernels.program import KeyTile, Program, QueryTile
 from pallas_kernels.rows import load_rows, load_scalars, store_rows
 from pallas_kernels.softmax import add_dot, dot
-from pallas_kernels.walk import ListMeta, walk
+from pallas_kernels.walk import ListMeta, Turn, Walk
 
 _INPUTS = ("query", "key", "value", "grad_out", "lse", "delta")
 
@@ -47,11 +47,15 @@ def s2_dq_kernel(
     mask = program.mask(tile.positions, program.ids("q_ids", tile.rows, tile.exists))
     first, last = program.kv_limits()
 
-    def accumulate(positions: jax.Array, bits: jax.Array | None, dq: jax.Array) -> jax.Array:
+    def grads_of_scores(
+        positions: jax.Array, bits: jax.Array | None, exists: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Of one tile of keys, and the keys."""
         inside: Any = None if bits is None else (positions >= first) & (positions < last)
         key = load_rows(k_ref, positions, dim, inside)
         scores = settings.scores(dot(query, key, transpose_b=True))
-        weights = jnp.exp2(scores * settings.log2_scale - lse[:, None])
+        shift = lse if exists is None else jnp.where(exists, lse, jnp.inf)
+        weights = jnp.exp2(scores * settings.log2_scale - shift[:, None])
         value = load_rows(v_ref, positions, value_dim, inside)
         grad_weights = dot(grad_out, value, transpose_b=True)
         grad_scores = weights * (grad_weights - delta[:, None])
@@ -60,10 +64,20 @@ def s2_dq_kernel(
         if bits is not None:
             ids = program.ids("kv_ids", positions, inside)
             grad_scores = jnp.where(mask(positions, bits, inside, ids), grad_scores, 0.0)
-        return add_dot(dq, grad_scores.astype(key.dtype), key)
+        return grad_scores.astype(key.dtype), key
+
+    def add(positions: jax.Array, bits: jax.Array | None, dq: jax.Array) -> jax.Array:
+        return add_dot(dq, *grads_of_scores(positions, bits, None))
+
+    def add_plain(turns: list[Turn], dq: jax.Array) -> jax.Array:
+        for pair in [grads_of_scores(turn.positions, None, turn.exists) for turn in turns]:
+            dq = add_dot(dq, *pair)
+        return dq
 
     dq = jnp.zeros((settings.tiles.dq.block_q, dim), jnp.float32)
-    dq = walk(named, tile.row, meta, tile.span, accumulate, dq)
+    walk = Walk(named, tile.row, meta, tile.span)
+    dq, _ = walk.plain(add_plain, dq, settings.tiles.dq.unroll)
+    dq = walk.masked(add, dq)
     store_rows(dq_ref, tile.rows, tile.blank(program, dq * settings.scale, 0.0, 0.0), tile.exists)
 
 
@@ -78,14 +92,11 @@ def s2_dkv_kernel(
     block_kv = settings.tiles.dkv.block_kv
     dim, value_dim = padded_dim(k_ref.shape[1]), padded_dim(v_ref.shape[1])
     first_head = program.head * group
-    tile = program.tile_at(first_head, program.rank)
-    kv_positions = tile * block_kv + lax.iota(jnp.int32, block_kv)
-    exists = None if kv_len % block_kv == 0 else kv_positions < kv_len
-    kv_rows = kv_positions if exists is None else jnp.where(exists, kv_positions, kv_len)
-    key = load_rows(k_ref, kv_rows, dim, exists)
-    value = load_rows(v_ref, kv_rows, value_dim, exists)
-    mask_of = program.mask(kv_positions, program.ids("kv_ids", kv_rows, exists))
-    offset, span = program.offset, program.span(tile)
+    tile = KeyTile.of(program, first_head, block_kv)
+    key = load_rows(k_ref, tile.rows, dim, tile.exists)
+    value = load_rows(v_ref, tile.rows, value_dim, tile.exists)
+    mask_of = program.mask(tile.positions, program.ids("kv_ids", tile.rows, tile.exists))
+    offset = program.offset
     first, last = program.q_limits()
 
     def accumulate(
@@ -101,12 +112,13 @@ def s2_dkv_kernel(
         lse = load_scalars(lse_ref, rows, inside, float("inf"), member)
         scores = settings.scores(dot(key, query, transpose_b=True))
         weights = jnp.exp2(scores * settings.log2_scale - lse[None, :])
+        # The exponentials hide behind this product, and the rest behind that of dv.
+        grad_out = load_rows(do_ref, rows, value_dim, inside, member)
+        grad_weights = dot(value, grad_out, transpose_b=True)
         if mask is not None:
             weights = jnp.where(mask, weights, 0.0)
-        grad_out = load_rows(do_ref, rows, value_dim, inside, member)
         dv = add_dot(dv, weights.astype(grad_out.dtype), grad_out)
         delta = load_scalars(delta_ref, rows, inside, 0.0, member)
-        grad_weights = dot(value, grad_out, transpose_b=True)
         grad_scores = weights * (grad_weights - delta[None, :])
         if settings.soft_cap is not None:
             grad_scores *= 1.0 - scores * scores
@@ -117,8 +129,10 @@ def s2_dkv_kernel(
 
     def add_member(member: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         row = program.row(first_head + member, program.rank)
+        walk = Walk(named, row, meta, tile.span, backwards=True)
         body = functools.partial(accumulate, member)
-        return walk(named, row, meta, span, body, carry, backwards=True)
+        carry, _ = walk.plain(lambda turns, carry: body(turns[0].positions, None, carry), carry)
+        return walk.masked(body, carry)
 
     zeros = (
         jnp.zeros((block_kv, dim), jnp.float32),
@@ -126,10 +140,10 @@ def s2_dkv_kernel(
     )
     dk, dv = add_member(0, zeros) if group == 1 else lax.fori_loop(0, group, add_member, zeros)
     if "kv_length" in named:  # padding saw queries, without a mask
-        counts = (kv_positions < program.kv_limits()[1])[:, None]
+        counts = (tile.positions < program.kv_limits()[1])[:, None]
         dk, dv = (jnp.where(jnp.broadcast_to(counts, x.shape), x, 0.0) for x in (dk, dv))
-    store_rows(dk_ref, kv_rows, dk * settings.scale, exists)
-    store_rows(dv_ref, kv_rows, dv, exists)
+    store_rows(dk_ref, tile.rows, dk * settings.scale, tile.exists)
+    store_rows(dv_ref, tile.rows, dv, tile.exists)
 
 
 def dq(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Array]:

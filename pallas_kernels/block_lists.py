@@ -32,6 +32,7 @@ MAX_COUNT = (1 << COUNT_BITS) - 1
         "unit",
         "group",
         "rows",
+        "whole",
         "heads_first",
     ],
 )
@@ -42,7 +43,9 @@ class BlockLists:
     Rows stand in the order in which programs take them: the longest first, so that no long one
     is left for the end, unless the call needs to find them by tile.
 
-    order: int32 [patterns, num_tiles]; which fixed tile each row is for.
+    order: int32 [patterns, num_tiles]; which fixed tile each row is for, where they hold queries.
+      Key tiles hold any blocks: int32 [patterns, num_tiles * rows], which part of the axis, of
+      fixed_tile / rows tokens, stands at each place of a row's tile; -1 for none.
     run_start: int32 [patterns * num_tiles + 1]; where a row's runs start.
     runs: int32 [runs, 2]; first unit, then step << COUNT_BITS | count. A run has `count` tiles
       of `group` units, each unit `step` units after the one before.
@@ -53,6 +56,7 @@ class BlockLists:
     num_tiles: rows of a pattern.
     max_runs: most runs of any row.
     unit: tokens in a unit. group: units in a walked tile. rows: parts of a fixed tile.
+    whole: every part of every fixed tile exists, to its last token.
     heads_first: programs side by side should take the same row of many heads, so that the long
       rows of all heads come first; otherwise rows of one head, which share its keys in the cache.
     """
@@ -69,6 +73,7 @@ class BlockLists:
     unit: int
     group: int
     rows: int
+    whole: bool
     heads_first: bool
 
     @property

@@ -69,7 +69,8 @@ def operands(settings: Settings, lists: BlockLists, arrays: Arrays, list_arrays:
     if walks_traced or not named.keys().isdisjoint(("q_ids", "q_length", "kv_length")):
         q_axis, kv_axis = _axes(settings, arrays)
         fixed, walked = (q_axis, kv_axis) if lists.holds_queries else (kv_axis, q_axis)
-        named["spans"] = spans(fixed, lists.fixed_tile, walked, lists.unit)
+        size = lists.fixed_tile if lists.holds_queries else lists.fixed_tile // lists.rows
+        named["spans"] = spans(fixed, size, walked, lists.unit)
     return named
 
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels.call import Grid, Settings
 from pallas_kernels.masks import TileMask
 from pallas_kernels.rows import load_scalars
 from pallas_kernels.walk import ListMeta, Span
+
+# A span that adds nothing to that of other parts: start, stop, inner start, inner stop.
+_NOTHING = (np.int32(2**30), np.int32(0), np.int32(0), np.int32(2**30))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +55,13 @@ class Program:
         return self.refs["offset"][self.batch] if static is None else static
 
     def tile_at(self, head: Any, rank: Any) -> jax.Array:
-        """The fixed tile whose lists stand at place `rank` for a head."""
+        """The query tile whose lists stand at place `rank` for a head."""
         return self.refs["order"][self.refs["pattern_of_head"][head], rank]
+
+    def parts_at(self, head: Any, rank: Any) -> list[jax.Array]:
+        """The parts of the key tile whose lists stand there; -1 for none."""
+        pattern, rows = self.refs["pattern_of_head"][head], self.meta.rows
+        return [self.refs["order"][pattern, rank * rows + row] for row in range(rows)]
 
     def row(self, head: Any, rank: Any) -> jax.Array:
         return self.refs["pattern_of_head"][head] * self.meta.num_tiles + rank
@@ -61,6 +71,18 @@ class Program:
         if "spans" not in self.refs:
             return None
         return Span(*(self.refs["spans"][tile, end] for end in range(4)))
+
+    def span_of_parts(self, parts: list[jax.Array]) -> Span | None:
+        """Units that any of the parts needs, and those that all need without a mask."""
+        if "spans" not in self.refs:
+            return None
+        ends = []
+        for part in parts:
+            span = self.span(jnp.maximum(part, 0))
+            assert span is not None
+            ends.append([jnp.where(part >= 0, *pair) for pair in zip(span, _NOTHING, strict=True)])
+        join = (jnp.minimum, jnp.maximum, jnp.maximum, jnp.minimum)
+        return Span(*(functools.reduce(f, end) for f, end in zip(join, zip(*ends), strict=True)))
 
     def q_limits(self) -> tuple[Any, Any]:
         """First and last + 1 position of the queries that count."""
@@ -88,6 +110,34 @@ class Program:
             self.meta.holds_queries, positions, ids, part, self.meta.rows,
             self.settings.causal, self.settings.window,
         )  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class KeyTile:
+    """The fixed tile of the dk/dv kernel, for the heads of a group alike.
+
+    positions: int32 `[block_kv]`. rows: the same, or past the end where there is no key. exists:
+    which there are; None: all.
+    """
+
+    span: Span | None
+    positions: jax.Array
+    rows: jax.Array
+    exists: jax.Array | None
+
+    @classmethod
+    def of(cls, program: Program, head: Any, block_kv: int) -> KeyTile:
+        parts = program.parts_at(head, program.rank)
+        size, lane = block_kv // len(parts), lax.iota(jnp.int32, block_kv)
+        part = jnp.full((block_kv,), parts[0])
+        for place, other in enumerate(parts[1:], 1):
+            part = jnp.where(lane >= place * size, other, part)
+        positions = part * size + lax.rem(lane, np.int32(size))
+        rows, exists = positions, None
+        if not program.meta.whole:
+            exists = (positions >= 0) & (positions < program.kv_len)
+            rows = jnp.where(exists, positions, program.kv_len)
+        return cls(program.span_of_parts(parts), positions, rows, exists)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,16 +173,33 @@ class QueryTile:
             rows = jnp.where(exists, rows, program.q_len)
         return cls(program.row(program.head, rank), program.span(index), positions, rows, exists)
 
+    def counts(self, program: Program) -> jax.Array | None:
+        """Which rows are answered with more than a filling; None: all."""
+        counts = self.exists
+        for mask in (self._defined(program), self._unpadded(program)):
+            if mask is not None:
+                counts = mask if counts is None else counts & mask
+        return counts
+
     def blank(self, program: Program, array: jax.Array, padding: float, beyond: float) -> jax.Array:
         """`array` with rows of padding, and those beyond what the lists cover, set so."""
-        settings = program.settings
-        if settings.query_offset is None:
-            defined = (self.positions >= 0) & (self.positions < settings.q_limit)
+        defined, unpadded = self._defined(program), self._unpadded(program)
+        if defined is not None:
             array = jnp.where(_spread(defined, array.shape), array, beyond)
-        if "q_length" in program.refs:
-            length = program.refs["q_length"][program.batch]
-            array = jnp.where(_spread(self.rows < length, array.shape), array, padding)
+        if unpadded is not None:
+            array = jnp.where(_spread(unpadded, array.shape), array, padding)
         return array
+
+    def _defined(self, program: Program) -> jax.Array | None:
+        """Rows whose positions the lists cover."""
+        if program.settings.query_offset is not None:
+            return None
+        return (self.positions >= 0) & (self.positions < program.settings.q_limit)
+
+    def _unpadded(self, program: Program) -> jax.Array | None:
+        if "q_length" not in program.refs:
+            return None
+        return self.rows < program.refs["q_length"][program.batch]
 
 
 def _spread(rows: jax.Array, shape: tuple[int, ...]) -> jax.Array:

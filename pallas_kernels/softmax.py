@@ -18,6 +18,9 @@ LOG2_E = math.log2(math.e)
 # Where a row's maximum starts. It is finite, so that a row that sees nothing never subtracts
 # infinity from infinity; masked scores are -inf, so that no rounding can make them count.
 LOWEST = -1e30
+# Sums of weights relative to a pinned peak lie between these. Where the peak is that of scores
+# seen, the sum is at least about 1; where it is 0, float16 weights below 1/2 start to lose bits.
+_LEAST_TOTAL, _GREATEST_TOTAL = 0.5, 2.0**100
 _SQRT_HALF = 0x3F3504F3  # the bits of float32 0.7071
 
 
@@ -41,6 +44,33 @@ class Softmax(NamedTuple):
         total = self.total * decay + jnp.sum(weights, axis=1)
         out = self.out * decay[:, None] + dot(weights.astype(value.dtype), value)
         return Softmax(out, peak, total)
+
+    def pin(self) -> Softmax:
+        """From here on the peak stays as it is: 0 in rows that have seen nothing."""
+        return self._replace(peak=jnp.where(self.total > 0, self.peak, 0.0))
+
+    def weights(self, scores: jax.Array, log2_scale: float, exists: jax.Array | None) -> jax.Array:
+        """Weights of raw scores relative to the peak; zeros where the scores do not exist."""
+        peak = self.peak * log2_scale
+        if exists is not None:
+            peak = jnp.where(exists, peak, jnp.inf)
+        return jnp.exp2(scores * log2_scale - peak[:, None])
+
+    def add(self, weights: jax.Array, value: jax.Array) -> Softmax:
+        """Takes in weights [rows, keys] relative to the peak, and their values [keys, dim]."""
+        total = self.total + jnp.sum(weights, axis=1)
+        return self._replace(out=self.out + dot(weights.astype(value.dtype), value), total=total)
+
+    def out_of_range(self, counts: jax.Array | None) -> jax.Array:
+        """Whether weights relative to a pinned peak were too large or too small for their dtype in
+        any row that counts (None: all do): then everything must be taken in again, by `step`.
+        """
+        fits = (self.total >= _LEAST_TOTAL) & (self.total <= _GREATEST_TOTAL)
+        finite = jnp.min(jnp.where(jnp.abs(self.out) < jnp.inf, 1, 0), axis=1) > 0
+        good = fits & finite
+        if counts is not None:
+            good |= ~counts
+        return jnp.min(jnp.where(good, 1, 0), axis=0) == 0
 
     def finish(self, log2_scale: float) -> tuple[jax.Array, jax.Array]:
         """Output, and LSE in log2: zeros and -inf in rows that saw nothing."""

@@ -11,16 +11,19 @@ TILE_SIZES = (16, 32, 64, 128)
 class Tile:
     """What one program works on: `block_q` x `block_kv` tokens, and how it is compiled.
 
-    num_warps: warps of 32 threads a program. num_stages: depth of the software pipeline.
+    num_warps: warps of 32 threads a program. num_stages: depth of the software pipeline. unroll:
+    tiles of the walked axis that one turn of the loop takes, so that the exponentials of one can
+    hide behind the products of the next.
     """
 
     block_q: int
     block_kv: int
     num_warps: int = 4
     num_stages: int = 2
+    unroll: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("block_q", "block_kv", "num_warps", "num_stages"):
+        for name in ("block_q", "block_kv", "num_warps", "num_stages", "unroll"):
             number = getattr(self, name)
             if not isinstance(number, int) or isinstance(number, bool):
                 raise TypeError(f"{name}={number!r} must be an int")
@@ -32,6 +35,8 @@ class Tile:
             raise ValueError(f"num_warps={self.num_warps!r} must be 1, 2, 4, 8 or 16")
         if not 1 <= self.num_stages <= 8:
             raise ValueError(f"num_stages={self.num_stages!r} must lie in 1..8")
+        if not 1 <= self.unroll <= 4:
+            raise ValueError(f"unroll={self.unroll!r} must lie in 1..4")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +51,10 @@ class TileConfig:
         for name in ("forward", "dq", "dkv"):
             if not isinstance(getattr(self, name), Tile):
                 raise TypeError(f"{name} must be a Tile, got {type(getattr(self, name)).__name__}")
+        if self.dkv.unroll != 1:
+            raise ValueError(
+                f"unroll={self.dkv.unroll!r} of dkv must be 1: its loop is not unrolled"
+            )
 
 
 def pick_tiles(

@@ -14,11 +14,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.block_lists import COUNT_BITS, MAX_COUNT, BlockLists
 
 Carry = TypeVar("Carry")
+MaskedBody = Callable[[jax.Array, jax.Array | None, Carry], Carry]
+Part = Literal["inner", "outer"]
 _RUNS_AT_ONCE = 4
 
 
@@ -31,6 +32,7 @@ class ListMeta:
     unit: int
     group: int
     rows: int
+    whole: bool
     holds_queries: bool
 
     @classmethod
@@ -56,6 +58,17 @@ class Span(NamedTuple):
     inner_stop: jax.Array
 
 
+class Turn(NamedTuple):
+    """A tile that one turn of a loop takes: int32 `[tile]` positions along the walked axis.
+
+    exists: None, or False where the tiles do not fill the turn. Its positions are then those of
+    another tile, whose weights must be made zeros.
+    """
+
+    positions: jax.Array
+    exists: jax.Array | None
+
+
 class _Run(NamedTuple):
     """What is walked of a run: `tiles` from `first` on, leaving out `gap` at `gap_at`."""
 
@@ -71,104 +84,150 @@ class _Run(NamedTuple):
         return self.first + i * (group * self.step)
 
 
-def walk(
-    refs: dict[str, Any],
-    row: jax.Array,
-    meta: ListMeta,
-    span: Span | None,
-    body: Callable[[jax.Array, jax.Array | None, Carry], Carry],
-    carry: Carry,
-    *,
-    backwards: bool = False,
-) -> Carry:
-    """Calls `body(positions, bits, carry)` for every tile of list `row`.
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """The list of one row, for a kernel to walk.
 
-    positions: int32 [tile], tokens along the walked axis. bits: None where no mask is needed;
-    otherwise int32 [tile], which parts of the fixed tile see the position (positions that do not
-    exist are negative, or past the end). span: what of the list matters; None: all of it.
-    backwards: last tile of the runs first.
+    refs: of `BlockLists`, by name. span: what of the row matters; None: all of it. backwards:
+    last tile of the runs first.
     """
 
-    def masked(positions: jax.Array, carry: Carry) -> Carry:
-        return body(positions, jnp.full((meta.tile,), meta.everyone, jnp.int32), carry)
+    refs: dict[str, Any]
+    row: Any
+    meta: ListMeta
+    span: Span | None
+    backwards: bool = False
 
-    if meta.max_runs:
-        plain = lambda positions, carry: body(positions, None, carry)  # noqa: E731
-        carry = _walk_runs(refs, row, meta, span, "inner", plain, carry, backwards)
+    def plain(
+        self, body: Callable[[list[Turn], Carry], Carry], carry: Carry, unroll: int = 1
+    ) -> tuple[Carry, jax.Array]:
+        """Calls `body(turns, carry)` for the tiles that need no mask, `unroll` at a time.
+
+        Returns the carry and how many tiles there were.
+        """
+        return self._runs("inner", body, carry, unroll)
+
+    def masked(self, body: MaskedBody[Carry], carry: Carry) -> Carry:
+        """Calls `body(positions, bits, carry)` for every other tile.
+
+        bits: None where no mask is needed after all; otherwise int32 [tile], which parts of the
+        fixed tile see the position (positions that do not exist are negative, or past the end).
+        """
+        if self.span is not None:
+            carry, _ = self._runs("outer", self._one_by_one(body), carry)
+        return self._partial(body, carry)
+
+    def everything(self, body: MaskedBody[Carry], carry: Carry) -> Carry:
+        """The same for all tiles."""
+        span = self.span
         if span is not None:
-            carry = _walk_runs(refs, row, meta, span, "outer", masked, carry, backwards)
-    return _walk_partial(refs, row, meta, span, body, carry)
+            none = jnp.int32(0)
+            span = span._replace(inner=none, inner_stop=none)
+        walk = dataclasses.replace(self, span=span)
+        part: Part = "inner" if span is None else "outer"
+        carry, _ = walk._runs(part, walk._one_by_one(body), carry)
+        return walk._partial(body, carry)
 
+    def _one_by_one(self, body: MaskedBody[Carry]) -> Callable[[list[Turn], Carry], Carry]:
+        bits = None
+        if self.span is not None:
+            bits = jnp.full((self.meta.tile,), self.meta.everyone, jnp.int32)
+        return lambda turns, carry: body(turns[0].positions, bits, carry)
 
-def _walk_runs(
-    refs: dict[str, Any],
-    row: jax.Array,
-    meta: ListMeta,
-    span: Span | None,
-    part: Literal["inner", "outer"],
-    body: Callable[[jax.Array, Carry], Carry],
-    carry: Carry,
-    backwards: bool,
-) -> Carry:
-    start, stop = refs["run_start"][row], refs["run_start"][row + 1]
+    def _runs(
+        self,
+        part: Part,
+        body: Callable[[list[Turn], Carry], Carry],
+        carry: Carry,
+        unroll: int = 1,
+    ) -> tuple[Carry, jax.Array]:
+        meta, none = self.meta, jnp.int32(0)
+        if not meta.max_runs:
+            return carry, none
+        start, stop = self.refs["run_start"][self.row], self.refs["run_start"][self.row + 1]
 
-    def walk_some(begin: jax.Array, carry: Carry) -> Carry:
-        slots = min(meta.max_runs, _RUNS_AT_ONCE)
-        runs = [_read_run(refs["runs"], begin + k, start, stop, meta) for k in range(slots)]
-        if span is not None:
-            runs = [_clip(run, span, part, meta.group) for run in runs]
-        ends = [runs[0].tiles]
-        for run in runs[1:]:
-            ends.append(ends[-1] + run.tiles)
+        def walk_some(begin: jax.Array, state: tuple[Carry, jax.Array]) -> tuple[Carry, jax.Array]:
+            carry, taken = state
+            slots = min(meta.max_runs, _RUNS_AT_ONCE)
+            runs = [
+                _read_run(self.refs["runs"], begin + k, start, stop, meta) for k in range(slots)
+            ]
+            if self.span is not None:
+                runs = [_clip(run, self.span, part, meta.group) for run in runs]
+            ends = [runs[0].tiles]
+            for run in runs[1:]:
+                ends.append(ends[-1] + run.tiles)
+
+            def turn(i: jax.Array, exists: jax.Array | None) -> Turn:
+                i = ends[-1] - 1 - i if self.backwards else i
+                unit, step = runs[0].unit(i, meta.group), runs[0].step
+                for run, end in zip(runs[1:], ends[:-1], strict=True):
+                    unit = jnp.where(i >= end, run.unit(i - end, meta.group), unit)
+                    step = jnp.where(i >= end, run.step, step)
+                return Turn(_positions(unit, step, meta), exists)
+
+            def visit(i: jax.Array, carry: Carry) -> Carry:
+                first = i * unroll
+                turns = [turn(first, None)]
+                for place in range(1, unroll):
+                    exists = first + place < ends[-1]
+                    turns.append(turn(jnp.where(exists, first + place, first), exists))
+                return body(turns, carry)
+
+            carry = lax.fori_loop(0, _turns(ends[-1], unroll), visit, carry)
+            return carry, taken + ends[-1]
+
+        if meta.max_runs <= _RUNS_AT_ONCE:
+            return walk_some(start, (carry, none))
+        return lax.fori_loop(
+            0,
+            _turns(stop - start, _RUNS_AT_ONCE),
+            lambda turn, state: walk_some(start + turn * _RUNS_AT_ONCE, state),
+            (carry, none),
+        )
+
+    def _partial(self, body: MaskedBody[Carry], carry: Carry) -> Carry:
+        meta, span, partial = self.meta, self.span, self.refs["partial"]
+        starts = self.refs["partial_start"]
+        start, stop = starts[self.row], starts[self.row + 1]
+        lane = lax.iota(jnp.int32, meta.tile)
 
         def visit(i: jax.Array, carry: Carry) -> Carry:
-            i = ends[-1] - 1 - i if backwards else i
-            unit, step = runs[0].unit(i, meta.group), runs[0].step
-            for run, end in zip(runs[1:], ends[:-1], strict=True):
-                unit = jnp.where(i >= end, run.unit(i - end, meta.group), unit)
-                step = jnp.where(i >= end, run.step, step)
-            return body(_positions(unit, step, meta), carry)
+            begin = start + i * meta.group
+            entry = _entries(partial, begin, stop, lane, meta)
+            positions = (entry >> meta.rows) * meta.unit + lax.rem(lane, np.int32(meta.unit))
+            bits = entry & meta.everyone
+            if span is None:
+                return body(positions, bits, carry)
+            first = partial[begin] >> meta.rows
+            last = partial[jnp.minimum(begin + meta.group, stop) - 1] >> meta.rows
+            matters = (last >= span.start) & (first < span.stop)
+            return lax.cond(matters, lambda c: body(positions, bits, c), lambda c: c, carry)
 
-        return lax.fori_loop(0, ends[-1], visit, carry)
-
-    if meta.max_runs <= _RUNS_AT_ONCE:
-        return walk_some(start, carry)
-    turns = lax.div(stop - start + (_RUNS_AT_ONCE - 1), np.int32(_RUNS_AT_ONCE))
-    return lax.fori_loop(
-        0, turns, lambda turn, carry: walk_some(start + turn * _RUNS_AT_ONCE, carry), carry
-    )
+        return lax.fori_loop(0, _turns(stop - start, meta.group), visit, carry)
 
 
-def _walk_partial(
-    refs: dict[str, Any],
-    row: jax.Array,
-    meta: ListMeta,
-    span: Span | None,
-    body: Callable[[jax.Array, jax.Array | None, Carry], Carry],
-    carry: Carry,
-) -> Carry:
-    start, stop = refs["partial_start"][row], refs["partial_start"][row + 1]
-    partial = refs["partial"]
-    lane = lax.iota(jnp.int32, meta.tile)
+def _turns(number: jax.Array, at_once: int) -> jax.Array:
+    return number if at_once == 1 else lax.div(number + (at_once - 1), np.int32(at_once))
 
-    def visit(i: jax.Array, carry: Carry) -> Carry:
-        begin = start + i * meta.group
-        if meta.group == 1:
-            entry = jnp.full((meta.tile,), partial[begin])
-        else:
-            slot = begin + lax.div(lane, np.int32(meta.unit))
-            entry = plgpu.load(partial.at[slot], mask=slot < stop, other=-1)  # a negative unit
-        positions = (entry >> meta.rows) * meta.unit + lax.rem(lane, np.int32(meta.unit))
-        bits = entry & meta.everyone
-        if span is None:
-            return body(positions, bits, carry)
-        first = partial[begin] >> meta.rows
-        last = partial[jnp.minimum(begin + meta.group, stop) - 1] >> meta.rows
-        matters = (last >= span.start) & (first < span.stop)
-        return lax.cond(matters, lambda c: body(positions, bits, c), lambda c: c, carry)
 
-    turns = lax.div(stop - start + (meta.group - 1), np.int32(meta.group))
-    return lax.fori_loop(0, turns, visit, carry)
+def _entries(
+    partial: Any, begin: jax.Array, stop: jax.Array, lane: jax.Array, meta: ListMeta
+) -> jax.Array:
+    """int32 [tile]: the entry that each position of a tile belongs to; past the end a negative one.
+
+    One number a unit is loaded, and a lane selects its own: a load of a vector, in a loop that is
+    pipelined, has been compiled wrongly (Triton 3.6).
+    """
+    if meta.group == 1:
+        return jnp.full((meta.tile,), partial[begin])
+    member = lax.div(lane, np.int32(meta.unit))
+    entry = jnp.full((meta.tile,), -1, jnp.int32)
+    for place in range(meta.group):
+        exists = begin + place < stop
+        number = jnp.where(exists, partial[jnp.where(exists, begin + place, begin)], -1)
+        entry = jnp.where(member == place, number, entry)
+    return entry
 
 
 def _read_run(
@@ -181,7 +240,7 @@ def _read_run(
     return _Run(first, word >> COUNT_BITS, jnp.where(exists, word & MAX_COUNT, 0))
 
 
-def _clip(run: _Run, span: Span, part: Literal["inner", "outer"], group: int) -> _Run:
+def _clip(run: _Run, span: Span, part: Part, group: int) -> _Run:
     """The tiles of a run whose units all lie in the inner part, or the others that matter."""
     stride = jnp.maximum(run.step * group, 1)
     reach = (group - 1) * run.step

@@ -11,7 +11,8 @@ class Geometry:
     """Lengths and tiles, in tokens. Queries are at `q_start <= position < q_stop`.
 
     fixed: the axis that a program owns a tile of; it walks along the other.
-    longest_first: order rows by work; otherwise by tile.
+    any_order: tiles may stand in any order, and key tiles hold any parts; otherwise a kernel finds
+    tiles by their place.
     heads: programs side by side along the heads: query heads, or key/value heads where fixed="kv".
     """
 
@@ -22,7 +23,7 @@ class Geometry:
     q_start: int
     q_stop: int
     kv_len: int
-    longest_first: bool = True
+    any_order: bool = True
     heads: int = 1
 
     @property

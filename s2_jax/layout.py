@@ -19,6 +19,7 @@ import numpy as np
 from pallas_kernels.block_lists import MAX_COUNT, MAX_STEP, BlockLists
 from pallas_kernels.masks import Window
 from pallas_kernels.tiles import Tile, TileConfig
+from s2_jax.gather import tile_parts
 from s2_jax.geometry import Geometry
 from s2_jax.packing import HeadLists, pack
 from s2_jax.patterns import Pattern
@@ -54,16 +55,12 @@ class PatternLayouts:
     def _lists(self, fixed: Literal["q", "kv"], tile: Tile) -> BlockLists:
         sizes = (tile.block_q, tile.block_kv) if fixed == "q" else (tile.block_kv, tile.block_q)
         if fixed == "q":  # a traced offset finds its rows by tile
-            longest_first = not self.traced_offset
+            any_order = not self.traced_offset
         else:  # a program takes the rows of all heads of a group, which must be the same tile
-            keys = self.pattern.head_keys(self.num_heads, self.num_kv_heads)
-            group = self.num_heads // self.num_kv_heads
-            longest_first = all(
-                len(set(keys[start : start + group])) == 1 for start in range(0, len(keys), group)
-            )
+            any_order = groups_share(self.pattern, self.num_heads, self.num_kv_heads)
         geometry = Geometry(
             fixed, *sizes, self.pattern.block_size, self.q_start, self.q_stop, self.kv_len,
-            longest_first, self.num_heads if fixed == "q" else self.num_kv_heads,
+            any_order, self.num_heads if fixed == "q" else self.num_kv_heads,
         )  # fmt: skip
         return block_lists(self.pattern, self.num_heads, self.num_kv_heads, geometry)
 
@@ -72,6 +69,12 @@ def number_patterns(keys: tuple[Hashable, ...]) -> tuple[int, ...]:
     """For each head, which of the distinct patterns it has, numbered by first appearance."""
     distinct = {key: number for number, key in enumerate(dict.fromkeys(keys))}
     return tuple(distinct[key] for key in keys)
+
+
+def groups_share(pattern: Pattern, num_heads: int, num_kv_heads: int) -> bool:
+    """Whether the query heads of each key/value head see the same."""
+    keys, group = pattern.head_keys(num_heads, num_kv_heads), num_heads // num_kv_heads
+    return all(len(set(keys[i : i + group])) == 1 for i in range(0, len(keys), group))
 
 
 @functools.lru_cache(maxsize=128)
@@ -85,34 +88,37 @@ def block_lists(
             f"{MAX_COUNT} units; use larger blocks"
         )
     keys = pattern.head_keys(num_heads, num_kv_heads)
-    per_pattern = [
-        _lists_of_head(
-            pattern, Heads(np.asarray(keys.index(key)), num_heads, num_kv_heads), geometry
-        )
-        for key in dict.fromkeys(keys)
+    distinct = [
+        Heads(np.asarray(keys.index(key)), num_heads, num_kv_heads) for key in dict.fromkeys(keys)
     ]
-    return pack(per_pattern, geometry)
+    parts = [tile_parts(pattern, heads, geometry) for heads in distinct]
+    most = max(map(len, parts))
+    parts = [np.pad(p, ((0, most - len(p)), (0, 0)), constant_values=-1) for p in parts]
+    lists = [_lists_of_head(pattern, heads, geometry, p) for heads, p in zip(distinct, parts)]
+    return pack(lists, geometry)
 
 
-def _lists_of_head(pattern: Pattern, heads: Heads, geometry: Geometry) -> HeadLists:
+def _lists_of_head(
+    pattern: Pattern, heads: Heads, geometry: Geometry, parts: np.ndarray
+) -> HeadLists:
     structure = pattern.structure()
     if structure is not None and len(geometry.units) > _FEW_UNITS:
         period = structure.kv_period if geometry.fixed == "q" else structure.q_period
         period *= geometry.block_size // geometry.unit
         if period <= min(MAX_STEP, len(geometry.units)):
-            return _by_intervals(pattern, heads, geometry, structure, period)
-    return _by_rows(pattern, heads, geometry)
+            return _by_intervals(pattern, heads, geometry, parts, structure, period)
+    return _by_rows(pattern, heads, geometry, parts)
 
 
-def _by_rows(pattern: Pattern, heads: Heads, geometry: Geometry) -> HeadLists:
+def _by_rows(pattern: Pattern, heads: Heads, geometry: Geometry, parts: np.ndarray) -> HeadLists:
     """Looks at every unit of every tile."""
     num_units = len(geometry.units)
     at_once = max(1, _EVALUATED_AT_ONCE // max(1, num_units * geometry.rows))
     units = np.array(geometry.units)[None]
     chunks = []
-    for tiles in _chunks(geometry.tiles, at_once):
-        seen = _Seen(pattern, heads, geometry, tiles, units)
-        runs = RunBuilder(tiles.size)
+    for base, begins in _chunks(parts * geometry.part, at_once):
+        seen = _Seen(pattern, heads, geometry, begins, units)
+        runs = RunBuilder(len(begins))
         rows, columns = _nonzero(seen.full)
         rank = np.arange(rows.size) - np.searchsorted(rows, rows)
         by_rank = np.argsort(rank, kind="stable")
@@ -123,21 +129,26 @@ def _by_rows(pattern: Pattern, heads: Heads, geometry: Geometry) -> HeadLists:
             runs.add(rows[now], units[0, columns[now]], one, one)
         rows, columns = _nonzero(seen.some & ~seen.full)
         partial = np.stack([units[0, columns], seen.bits[rows, columns]], axis=-1)
-        chunks.append((tiles[0] - geometry.tiles.start, runs.finish(), rows, partial))
-    return _join(chunks)
+        chunks.append((base, runs.finish(), rows, partial))
+    return _join(chunks, parts)
 
 
 def _by_intervals(
-    pattern: Pattern, heads: Heads, geometry: Geometry, structure: Structure, period: int
+    pattern: Pattern,
+    heads: Heads,
+    geometry: Geometry,
+    parts: np.ndarray,
+    structure: Structure,
+    period: int,
 ) -> HeadLists:
     """Looks at one period in every interval between edges."""
     at_once = max(1, _EVALUATED_AT_ONCE // (period * geometry.rows))
     chunks = []
-    for tiles in _chunks(geometry.tiles, at_once):
-        runs = RunBuilder(tiles.size)
+    for base, begins in _chunks(parts * geometry.part, at_once):
+        runs = RunBuilder(len(begins))
         partial_tile, partial = [], []
         window = pattern.token_window()[1]
-        bounds = _bounds(structure, pattern.causal, window, geometry, tiles)
+        bounds = _bounds(structure, pattern.causal, window, geometry, begins)
         for start, stop in itertools.pairwise(bounds):
             length = stop - start
             for low, high in ((1, min(2, period)), (min(2, period) + 1, None)):
@@ -147,7 +158,7 @@ def _by_intervals(
                     continue
                 width = min(period, int(length[index].max()))
                 units = start[index, None] + np.arange(width)
-                seen = _Seen(pattern, heads, geometry, tiles[index], units)
+                seen = _Seen(pattern, heads, geometry, begins[index], units)
                 inside = units < stop[index, None]
                 full, some = seen.full & inside, seen.some & inside
                 _add_full(runs, index, start[index], length[index], full, period)
@@ -162,9 +173,8 @@ def _by_intervals(
         tile = np.concatenate(partial_tile) if partial_tile else np.zeros(0, dtype=np.int64)
         entry = np.concatenate(partial) if partial else np.zeros((0, 2), dtype=np.int64)
         order = np.lexsort((entry[:, 0], tile))
-        chunk = (tiles[0] - geometry.tiles.start, runs.finish(), tile[order], entry[order])
-        chunks.append(chunk)
-    return _join(chunks)
+        chunks.append((base, runs.finish(), tile[order], entry[order]))
+    return _join(chunks, parts)
 
 
 def _add_full(
@@ -198,37 +208,46 @@ def _bounds(
     causal: bool,
     window: Window | None,
     geometry: Geometry,
-    tiles: np.ndarray,
+    begins: np.ndarray,
 ) -> list[np.ndarray]:
-    """Units at which the rule, causality or the end of the row may change things, ascending."""
+    """Units at which the rule, causality or the end of the row may change things, ascending.
+
+    begins: first token of each part, `[tiles, rows]`.
+    """
     unit, per_block = geometry.unit, geometry.block_size // geometry.unit
-    starts = tiles * geometry.fixed_tile
+    tiles = len(begins)
     bounds = []
-    for row in range(geometry.rows):
-        block = (starts + row * geometry.part) // geometry.block_size
+    for begin in begins.T:
+        block = begin // geometry.block_size
         for edge in structure.edges:
             position = block - edge + 1 if geometry.fixed == "q" else block + edge
             bounds.append(position * per_block)
     if geometry.fixed == "q":
-        bounds += [np.full(tiles.size, edge * per_block) for edge in structure.kv_edges]
+        bounds += [np.full(tiles, edge * per_block) for edge in structure.kv_edges]
     if causal:
-        low = np.maximum(starts, geometry.fixed_range[0])
-        high = np.minimum(starts + geometry.fixed_tile, geometry.fixed_range[1]) - 1
+        low, high = _first_and_last(geometry, begins)
         if geometry.fixed == "q":
             bounds += [(low + 1) // unit, high // unit + 1]
         else:
             bounds += [low // unit, -(-high // unit)]
     if window is not None:
-        for row in range(geometry.rows):
-            low = np.maximum(starts + row * geometry.part, geometry.fixed_range[0])
-            high = np.minimum(starts + (row + 1) * geometry.part, geometry.fixed_range[1]) - 1
+        for begin in begins.T:
+            low = np.maximum(begin, geometry.fixed_range[0])
+            high = np.minimum(begin + geometry.part, geometry.fixed_range[1]) - 1
             bounds += [(high - window.size) // unit + 1, (low - window.size + 1) // unit]
             bounds += [(low + window.size) // unit, -(-(high + window.size) // unit)]
     walk_start, walk_stop = geometry.walk_range
     ends = {geometry.units.start, geometry.units.stop, -(-walk_start // unit), walk_stop // unit}
-    bounds += [np.full(tiles.size, end) for end in ends]
+    bounds += [np.full(tiles, end) for end in ends]
     clipped = np.clip(np.stack(bounds), geometry.units.start, geometry.units.stop)
     return list(np.sort(clipped, axis=0))
+
+
+def _first_and_last(geometry: Geometry, begins: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens of each tile that exist; of a tile without any, the first comes after the last."""
+    start, stop = geometry.fixed_range
+    low = np.where(begins < 0, stop, np.maximum(begins, start)).min(axis=1)
+    return low, np.minimum(begins.max(axis=1) + geometry.part, stop) - 1
 
 
 class _Seen:
@@ -239,21 +258,20 @@ class _Seen:
         pattern: Pattern,
         heads: Heads,
         geometry: Geometry,
-        tiles: np.ndarray,
+        begins: np.ndarray,
         units: np.ndarray,
     ) -> None:
         size, causal = geometry.block_size, pattern.causal
         rule, window = pattern.token_window()
-        starts = tiles[:, None] * geometry.fixed_tile
         fixed_start, fixed_stop = geometry.fixed_range
         walk_start, walk_stop = geometry.walk_range
         block = units * geometry.unit // size
         first, last = units * geometry.unit, (units + 1) * geometry.unit - 1
-        full = np.ones(np.broadcast_shapes(starts.shape, units.shape), dtype=bool)
+        full = np.ones(np.broadcast_shapes((len(begins), 1), units.shape), dtype=bool)
         some = np.zeros(full.shape, dtype=bool)
         bits = np.zeros(full.shape, dtype=np.uint8)
         for row in range(geometry.rows):
-            begin = starts + row * geometry.part
+            begin = begins[:, row, None]
             q, kv = (begin // size, block) if geometry.fixed == "q" else (block, begin // size)
             counts = (begin < fixed_stop) & (begin + geometry.part > fixed_start)
             sees = np.ones(full.shape, bool) if rule is None else rule.visible(heads, q, kv)
@@ -273,8 +291,7 @@ class _Seen:
         full &= (first >= walk_start) & (last < walk_stop)
         reached = (last >= walk_start) & (first < walk_stop)
         if causal:
-            low = np.maximum(starts, fixed_start)
-            high = np.minimum(starts + geometry.fixed_tile, fixed_stop) - 1
+            low, high = (ends[:, None] for ends in _first_and_last(geometry, begins))
             if geometry.fixed == "q":
                 full &= last <= low
                 reached = reached & (first <= high)
@@ -308,16 +325,17 @@ def _nonzero(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return rows, flat - rows * mask.shape[1]
 
 
-def _chunks(tiles: range, size: int) -> Iterator[np.ndarray]:
-    for start in range(tiles.start, tiles.stop, size):
-        yield np.arange(start, min(start + size, tiles.stop))
+def _chunks(begins: np.ndarray, size: int) -> Iterator[tuple[int, np.ndarray]]:
+    for start in range(0, len(begins), size):
+        yield start, begins[start : start + size]
 
 
-def _join(chunks: list) -> HeadLists:
+def _join(chunks: list, parts: np.ndarray) -> HeadLists:
     runs = [(tile + base, run) for base, (tile, run), _, _ in chunks]
     partial = [(tile + base, entry) for base, _, tile, entry in chunks]
     none = np.zeros(0, dtype=np.int64)
     return HeadLists(
+        parts,
         np.concatenate([none, *(tile for tile, _ in runs)]),
         np.concatenate([none.reshape(0, 3), *(run for _, run in runs)]),
         np.concatenate([none, *(tile for tile, _ in partial)]),

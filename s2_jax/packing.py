@@ -14,8 +14,9 @@ _PROGRAMS_AT_ONCE = 264  # two on each multiprocessor of an H100
 
 @dataclasses.dataclass
 class HeadLists:
-    """The lists of one pattern; `*_tile` are indices into `geometry.tiles`, ascending."""
+    """The lists of one pattern; `*_tile` are indices into `parts`, ascending."""
 
+    parts: np.ndarray  # [tiles, rows]: what each tile holds, in parts of `geometry.part` tokens
     run_tile: np.ndarray
     runs: np.ndarray  # [runs, 3]: first, step, count, in units
     partial_tile: np.ndarray
@@ -26,8 +27,10 @@ def pack(heads: list[HeadLists], geometry: Geometry) -> BlockLists:
     """The lists of all distinct patterns in one, read-only."""
     packed = [_pack_head(head, geometry) for head in heads]
     orders, run_counts, runs, partial_counts, partials = zip(*packed, strict=True)
+    parts, rows = np.array(orders, dtype=np.int32), geometry.rows
+    length = geometry.fixed_range[1]
     lists = BlockLists(
-        order=np.array(orders, dtype=np.int32).reshape(len(heads), len(geometry.tiles)),
+        order=parts[..., 0] // rows if geometry.fixed == "q" else parts.reshape(len(heads), -1),
         run_start=_starts(run_counts),
         # One entry more than is used: there is always one to read.
         runs=np.concatenate([*runs, np.zeros((1, 2))]).astype(np.int32),
@@ -35,11 +38,12 @@ def pack(heads: list[HeadLists], geometry: Geometry) -> BlockLists:
         partial=np.concatenate([*partials, np.zeros(1)]).astype(np.int32),
         holds_queries=geometry.fixed == "q",
         fixed_tile=geometry.fixed_tile,
-        num_tiles=len(geometry.tiles),
+        num_tiles=parts.shape[1],
         max_runs=max(int(counts.max(initial=0)) for counts in run_counts),
         unit=geometry.unit,
         group=geometry.walk_tile // geometry.unit,
-        rows=geometry.rows,
+        rows=rows,
+        whole=bool(parts.min() >= 0 and (parts.max() + 1) * geometry.part <= length),
         heads_first=_long_rows_matter(heads, geometry),
     )
     for array in (lists.order, lists.run_start, lists.runs, lists.partial_start, lists.partial):
@@ -53,15 +57,15 @@ def _long_rows_matter(heads: list[HeadLists], geometry: Geometry) -> bool:
     Taken for heads that share the distinct patterns evenly, as many as `geometry.heads`.
     """
     work = [
-        np.bincount(head.run_tile, head.runs[:, 2], minlength=len(geometry.tiles)) for head in heads
+        np.bincount(head.run_tile, head.runs[:, 2], minlength=len(head.parts)) for head in heads
     ]
-    in_turn = np.mean(work) * len(geometry.tiles) * geometry.heads / _PROGRAMS_AT_ONCE
+    in_turn = np.mean(work) * len(work[0]) * geometry.heads / _PROGRAMS_AT_ONCE
     return bool(np.max(work, initial=0) > in_turn / 4)
 
 
 def _pack_head(head: HeadLists, geometry: Geometry) -> tuple[np.ndarray, ...]:
-    """Tile of each row, runs of each row, runs, partial units of each row, partial units."""
-    group, num_tiles = geometry.walk_tile // geometry.unit, len(geometry.tiles)
+    """Parts of each row, runs of each row, runs, partial units of each row, partial units."""
+    group, num_tiles = geometry.walk_tile // geometry.unit, len(head.parts)
     tile, (first, step, count) = head.run_tile, head.runs.T
     # What is left of a run after whole tiles is walked with the partial units.
     left = count % group
@@ -77,7 +81,7 @@ def _pack_head(head: HeadLists, geometry: Geometry) -> tuple[np.ndarray, ...]:
     run_count = np.bincount(tile, minlength=num_tiles)
     partial_count = np.bincount(partial_tile, minlength=num_tiles)
     order = np.arange(num_tiles)
-    if geometry.longest_first:
+    if geometry.any_order:
         work = np.bincount(tile, weights=count, minlength=num_tiles) + -(-partial_count // group)
         order = order[::-1][np.argsort(-work[::-1], kind="stable")]
     row = np.empty(num_tiles, dtype=np.int64)
@@ -85,7 +89,7 @@ def _pack_head(head: HeadLists, geometry: Geometry) -> tuple[np.ndarray, ...]:
     run_order = np.argsort(row[tile], kind="stable")
     partial_order = np.lexsort((unit, row[partial_tile]))
     return (
-        order + geometry.tiles.start,
+        head.parts[order],
         run_count[order],
         runs[run_order],
         partial_count[order],

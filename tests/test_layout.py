@@ -71,10 +71,18 @@ def test_the_transpose_by_hand():
     assert lists.order[0][0] == 0
 
 
-def unrolled(lists, geometry, row, tile, window=None):
+def tiles_of(lists, pattern):
+    """The parts of the tile of each row, `[num_tiles, rows]`."""
+    order = np.asarray(lists.order[pattern])
+    if lists.holds_queries:
+        return order[:, None] * lists.rows + np.arange(lists.rows)
+    return order.reshape(-1, lists.rows)
+
+
+def unrolled(lists, geometry, row, parts, window=None):
     """How often each (query, key) pair of a tile's row is visited, twice where unmasked."""
     visits = np.zeros((geometry.q_stop, geometry.kv_len), int)
-    fixed = tile * geometry.fixed_tile + np.arange(geometry.fixed_tile)
+    fixed = np.concatenate([p * geometry.part + np.arange(geometry.part) for p in parts])
     part = np.arange(geometry.fixed_tile) // geometry.part
     low, high = geometry.walk_range
     runs, partial = read(lists, row)
@@ -93,7 +101,9 @@ def unrolled(lists, geometry, row, tile, window=None):
         if window is not None and not full:
             near = np.abs(q - kv) < window.size
             seen = seen | near if window.adds else seen & near
-        inside = (q >= geometry.q_start) & (q < geometry.q_stop) & (kv < geometry.kv_len)
+        inside = (
+            (q >= geometry.q_start) & (kv >= 0) & (q < geometry.q_stop) & (kv < geometry.kv_len)
+        )
         np.add.at(visits, (q[seen & inside], kv[seen & inside]), 1 + full)
     return visits
 
@@ -128,8 +138,12 @@ def test_lists_hold_every_visible_pair_once(few_units, monkeypatch):
         q, kv = np.arange(geometry.q_stop)[:, None], np.arange(geometry.kv_len)[None]
         for head in {numbers.index(number) for number in numbers}:
             base = numbers[head] * lists.num_tiles
-            tiles = lists.order[numbers[head]]
-            assert sorted(tiles) == list(geometry.tiles)
+            tiles = tiles_of(lists, numbers[head])
+            held = sorted(tiles[(tiles >= 0) & (tiles * geometry.part < geometry.fixed_range[1])])
+            first = geometry.tiles.start * geometry.rows
+            assert held == list(range(first, -(-geometry.fixed_range[1] // geometry.part)))
+            if lists.whole:
+                assert len(held) == tiles.size
             visits = sum(
                 unrolled(lists, geometry, base + row, tile, pattern.token_window()[1])
                 for row, tile in enumerate(tiles)
@@ -154,7 +168,7 @@ def test_random_masks_keep_every_block():
     for head in range(4):
         visits = sum(
             unrolled(lists, geometry, head * lists.num_tiles + row, tile)
-            for row, tile in enumerate(lists.order[head])
+            for row, tile in enumerate(tiles_of(lists, head))
         )
         assert np.array_equal(visits > 0, np.kron(mask[head], np.ones((16, 16), bool)))
 
