@@ -140,23 +140,21 @@ def time_tiles(options: Options, length: int) -> list[dict[str, Any]]:
         options.heads, length, length, options.kv_heads, head_dim=options.head_dim
     )
     rows: list[dict[str, Any]] = []
-    lowered = []
+    programs = []
     for kernel, launcher in itertools.product(options.kernels, options.launchers):
         for tile in dict.fromkeys([default(options, length, kernel), *CANDIDATES[kernel]]):
             rows.append({"length": length, "kernel": kernel, "launcher": launcher, "tile": tile})
-            run, lists = program(kernel, Tile(*tile), launcher, options, length)
-            lowered.append((run.lower(arrays, lists), lists))
+            programs.append(program(kernel, Tile(*tile), launcher, options, length))
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        compiled = list(pool.map(_compile, (one for one, _ in lowered)))
+        compiled = list(pool.map(lambda one: _compile(*one, arrays), programs))
     runs = {}
-    for i, (executable, (_, lists)) in enumerate(zip(compiled, lowered, strict=True)):
+    for i, run in enumerate(compiled):
         try:
-            if isinstance(executable, jax.errors.JaxRuntimeError):
-                raise executable
-            run = functools.partial(executable, arrays, lists)
+            if isinstance(run, Exception):
+                raise run
             jax.block_until_ready(run())
             runs[i] = run, max(1, math.ceil(_GROUP_SECONDS / seconds(run, 1)))
-        except jax.errors.JaxRuntimeError as error:  # does not fit this GPU
+        except (RuntimeError, ValueError) as error:  # does not fit this GPU
             rows[i]["error"] = str(error).splitlines()[0][:200]
     times: dict[int, list[float]] = {i: [] for i in runs}
     for _ in range(options.rounds):
@@ -170,10 +168,11 @@ def time_tiles(options: Options, length: int) -> list[dict[str, Any]]:
     return rows
 
 
-def _compile(lowered: Any) -> Any:
+def _compile(run: Any, lists: dict[str, jax.Array], arrays: dict[str, jax.Array]) -> Any:
+    """A call of the compiled program, or why there is none."""
     try:
-        return lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
+        return functools.partial(run.lower(arrays, lists).compile(), arrays, lists)
+    except (RuntimeError, ValueError) as error:
         return error
 
 
