@@ -54,16 +54,17 @@ def s2_dq_kernel(
         inside: Any = None if bits is None else (positions >= first) & (positions < last)
         key = load_rows(k_ref, positions, dim, inside)
         scores = settings.scores(dot(query, key, transpose_b=True))
+        slope = settings.slope(scores)
+        if bits is not None:
+            ids = program.ids("kv_ids", positions, inside)
+            scores = jnp.where(mask(positions, bits, inside, ids), scores, -jnp.inf)
         shift = lse if exists is None else jnp.where(exists, lse, jnp.inf)
-        weights = jnp.exp2(scores * settings.log2_scale - shift[:, None])
+        weights = settings.exp2(scores, shift[:, None])
         value = load_rows(v_ref, positions, value_dim, inside)
         grad_weights = dot(grad_out, value, transpose_b=True)
         grad_scores = weights * (grad_weights - delta[:, None])
-        if settings.soft_cap is not None:
-            grad_scores *= 1.0 - scores * scores
-        if bits is not None:
-            ids = program.ids("kv_ids", positions, inside)
-            grad_scores = jnp.where(mask(positions, bits, inside, ids), grad_scores, 0.0)
+        if slope is not None:
+            grad_scores *= slope
         return grad_scores.astype(key.dtype), key
 
     def add(positions: jax.Array, bits: jax.Array | None, dq: jax.Array) -> jax.Array:
@@ -111,19 +112,18 @@ def s2_dkv_kernel(
         query = load_rows(q_ref, rows, dim, inside, member)
         lse = load_scalars(lse_ref, rows, inside, float("inf"), member)
         scores = settings.scores(dot(key, query, transpose_b=True))
-        weights = jnp.exp2(scores * settings.log2_scale - lse[None, :])
+        slope = settings.slope(scores)
+        if mask is not None:
+            scores = jnp.where(mask, scores, -jnp.inf)
+        weights = settings.exp2(scores, lse[None, :])
         # The exponentials hide behind this product, and the rest behind that of dv.
         grad_out = load_rows(do_ref, rows, value_dim, inside, member)
         grad_weights = dot(value, grad_out, transpose_b=True)
-        if mask is not None:
-            weights = jnp.where(mask, weights, 0.0)
         dv = add_dot(dv, weights.astype(grad_out.dtype), grad_out)
         delta = load_scalars(delta_ref, rows, inside, 0.0, member)
         grad_scores = weights * (grad_weights - delta[None, :])
-        if settings.soft_cap is not None:
-            grad_scores *= 1.0 - scores * scores
-        if mask is not None:
-            grad_scores = jnp.where(mask, grad_scores, 0.0)
+        if slope is not None:
+            grad_scores *= slope
         dk = add_dot(dk, grad_scores.astype(query.dtype), query)
         return dk, dv
 

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.block_lists import BlockLists
 from pallas_kernels.lowering import Launcher
 from pallas_kernels.masks import Window
-from pallas_kernels.softmax import LOG2_E
+from pallas_kernels.softmax import LOG2_E, Exp2
 from pallas_kernels.spans import Axis, spans
 from pallas_kernels.tiles import TileConfig
 
@@ -50,15 +50,20 @@ class Settings:
     window: Window | None = None
 
     @property
-    def log2_scale(self) -> float:
-        """What makes log2 weights of `scores()`."""
-        return (self.scale if self.soft_cap is None else self.soft_cap) * LOG2_E
+    def exp2(self) -> Exp2:
+        """What makes weights of `scores()`."""
+        scale = self.scale if self.soft_cap is None else self.soft_cap
+        return Exp2(scale * LOG2_E, native=self.launcher != "interpret")
 
     def scores(self, products: jax.Array) -> jax.Array:
         """Products of queries and keys, or their tanh where scores are capped."""
         if self.soft_cap is None:
             return products
         return jnp.tanh(products * (self.scale / self.soft_cap))
+
+    def slope(self, scores: jax.Array) -> jax.Array | None:
+        """The derivative of `scores()` by what it caps; None where it caps nothing."""
+        return None if self.soft_cap is None else 1.0 - scores * scores
 
 
 def operands(settings: Settings, lists: BlockLists, arrays: Arrays, list_arrays: Arrays) -> Arrays:

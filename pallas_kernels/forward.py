@@ -25,7 +25,7 @@ from pallas_kernels.call import (
 from pallas_kernels.lowering import call_kernel
 from pallas_kernels.program import Program, QueryTile
 from pallas_kernels.rows import load_rows, store_rows, store_scalars
-from pallas_kernels.softmax import Softmax, dot
+from pallas_kernels.softmax import Pinned, Softmax, dot
 from pallas_kernels.walk import ListMeta, Turn, Walk
 
 
@@ -51,32 +51,33 @@ def s2_forward_kernel(
             ids = program.ids("kv_ids", positions, inside)
             scores = jnp.where(mask(positions, bits, inside, ids), scores, -jnp.inf)
         value = load_rows(v_ref, positions, value_dim, inside)
-        return carry.step(scores, value, settings.log2_scale)
+        return carry.step(scores, value, settings.exp2)
 
-    def attend_pinned(turns: list[Turn], carry: Softmax) -> Softmax:
+    def attend_pinned(turns: list[Turn], carry: Pinned) -> Pinned:
         weights = []
         for turn in turns:
             scores = settings.scores(
                 dot(query, load_rows(k_ref, turn.positions, dim, None), transpose_b=True)
             )
-            weights.append(carry.weights(scores, settings.log2_scale, turn.exists))
+            weights.append(carry.weights(scores, settings.exp2, turn.exists))
         for turn, weight in zip(turns, weights, strict=True):
             carry = carry.add(weight, load_rows(v_ref, turn.positions, value_dim, None))
         return carry
 
     def store(carry: Softmax) -> None:
-        out, lse = carry.finish(settings.log2_scale)
+        out, lse = carry.finish(settings.exp2)
         store_rows(o_ref, tile.rows, tile.blank(program, out, 0.0, jnp.nan), tile.exists)
         store_scalars(lse_ref, tile.rows, tile.blank(program, lse, -jnp.inf, jnp.nan), tile.exists)
 
     walk = Walk(named, tile.row, meta, tile.span)
     start = Softmax.start(block_q, value_dim)
-    carry, pinned = walk.plain(
+    pinned, taken = walk.plain(
         attend_pinned, walk.masked(attend, start).pin(), settings.tiles.forward.unroll
     )
+    carry = pinned.release()
     store(carry)
 
-    @pl.when((pinned > 0) & carry.out_of_range(tile.counts(program)))
+    @pl.when((taken > 0) & carry.out_of_range(tile.counts(program)))
     def _() -> None:
         store(walk.everything(attend, start))
 

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+_FAR = 1 << 30
+
 
 @dataclasses.dataclass(frozen=True)
 class Window:
@@ -45,21 +47,30 @@ class TileMask:
         bits: one for each part of the fixed tile that sees the position. inside: the position
         exists and counts.
         """
-        fixed, walked = self.positions[:, None], positions[None, :]
-        shape = (self.positions.shape[0], positions.shape[0])
+        if self.window is None or not self.window.adds:
+            bits = jnp.where(inside, bits, 0)
+        # One number a token is widened and compared, never a bool: those Triton packs into bytes.
+        ones = jnp.full(self.positions.shape, 1)
         if self.parts > 1:
-            which = lax.div(lax.iota(jnp.int32, shape[0]), np.int32(self.part))
-            mask = ((bits[None, :] >> which[:, None]) & 1) != 0
-        else:
-            mask = jnp.broadcast_to((bits != 0)[None, :], shape)
-        distance = fixed - walked if self.holds_queries else walked - fixed
+            ones <<= lax.div(lax.iota(jnp.int32, ones.size), np.int32(self.part))
+        mask = (bits[None, :] & ones[:, None]) != 0
         if self.window is not None:
-            near = distance < self.window.size
-            if not self.causal:
-                near &= distance > -self.window.size
-            mask = mask | near if self.window.adds else mask & near
+            mask = self._with_window(mask, positions, inside)
         if self.causal:
-            mask &= distance >= 0
+            fixed, walked = self.positions[:, None], positions[None, :]
+            mask &= fixed >= walked if self.holds_queries else walked >= fixed
         if self.ids is not None and ids is not None:
             mask &= self.ids[:, None] == ids[None, :]
-        return mask & jnp.broadcast_to(inside[None, :], shape)
+        return mask
+
+    def _with_window(self, mask: jax.Array, positions: jax.Array, inside: jax.Array) -> jax.Array:
+        assert self.window is not None
+        # What does not exist is nowhere near.
+        walked = jnp.where(inside, positions, _FAR) if self.window.adds else positions
+        distance = self.positions[:, None] - walked[None, :]
+        if not self.holds_queries:
+            distance = -distance
+        near = distance < self.window.size
+        if self.window.adds or not self.causal:
+            near &= distance > -self.window.size
+        return mask | near if self.window.adds else mask & near

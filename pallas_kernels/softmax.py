@@ -1,18 +1,20 @@
 """The online-softmax step, written once for all kernels.
 
-Scores stay as the matrix product leaves them (or, where they are capped, as tanh does);
-`log2_scale`, which makes log2 weights of them, enters with the maximum in one multiply-add
-before exp2.
+Scores stay as the matrix product leaves them (or, where they are capped, as tanh does). The
+factor that makes log2 weights of them enters with the maximum, in one multiply-add before exp2.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import struct
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.pallas import triton as plgpu
 
 LOG2_E = math.log2(math.e)
 # Where a row's maximum starts. It is finite, so that a row that sees nothing never subtracts
@@ -21,7 +23,34 @@ LOWEST = -1e30
 # Sums of weights relative to a pinned peak lie between these. Where the peak is that of scores
 # seen, the sum is at least about 1; where it is 0, float16 weights below 1/2 start to lose bits.
 _LEAST_TOTAL, _GREATEST_TOTAL = 0.5, 2.0**100
+_LANES = 4
 _SQRT_HALF = 0x3F3504F3  # the bits of float32 0.7071
+
+
+@dataclasses.dataclass(frozen=True)
+class Exp2:
+    """2 ** (scores * scale - shift) of float32 arrays that broadcast against each other.
+
+    native: as two instructions of an NVIDIA GPU. XLA's Triton would make six of the same, for
+    subnormal numbers and for a product rounded by itself; here either is lost in rounding.
+    """
+
+    scale: float
+    native: bool
+
+    def __call__(self, scores: jax.Array, shift: jax.Array) -> jax.Array:
+        if not self.native:
+            return jnp.exp2(scores * self.scale - shift)
+        factor = f"0f{struct.pack('>f', self.scale).hex()}"
+        [weights] = plgpu.elementwise_inline_asm(
+            "{ .reg .f32 power, shift; neg.f32 shift, $2; "
+            f"fma.rn.f32 power, $1, {factor}, shift; ex2.approx.ftz.f32 $0, power; }}",
+            args=[scores, jnp.broadcast_to(shift, scores.shape)],
+            constraints="=r,r,r",
+            pack=1,
+            result_shape_dtypes=[jax.ShapeDtypeStruct(scores.shape, jnp.float32)],
+        )
+        return weights
 
 
 class Softmax(NamedTuple):
@@ -36,30 +65,19 @@ class Softmax(NamedTuple):
         zeros = jnp.zeros((rows,), jnp.float32)
         return cls(jnp.zeros((rows, dim), jnp.float32), zeros + LOWEST, zeros)
 
-    def step(self, scores: jax.Array, value: jax.Array, log2_scale: float) -> Softmax:
+    def step(self, scores: jax.Array, value: jax.Array, exp2: Exp2) -> Softmax:
         """Takes in raw scores [rows, keys], -inf where masked, and their values [keys, dim]."""
         peak = jnp.maximum(self.peak, jnp.max(scores, axis=1))
-        weights = jnp.exp2(scores * log2_scale - (peak * log2_scale)[:, None])
-        decay = jnp.exp2((self.peak - peak) * log2_scale)
+        weights = exp2(scores, (peak * exp2.scale)[:, None])
+        decay = jnp.exp2((self.peak - peak) * exp2.scale)
         total = self.total * decay + jnp.sum(weights, axis=1)
         out = self.out * decay[:, None] + dot(weights.astype(value.dtype), value)
         return Softmax(out, peak, total)
 
-    def pin(self) -> Softmax:
+    def pin(self) -> Pinned:
         """From here on the peak stays as it is: 0 in rows that have seen nothing."""
-        return self._replace(peak=jnp.where(self.total > 0, self.peak, 0.0))
-
-    def weights(self, scores: jax.Array, log2_scale: float, exists: jax.Array | None) -> jax.Array:
-        """Weights of raw scores relative to the peak; zeros where the scores do not exist."""
-        peak = self.peak * log2_scale
-        if exists is not None:
-            peak = jnp.where(exists, peak, jnp.inf)
-        return jnp.exp2(scores * log2_scale - peak[:, None])
-
-    def add(self, weights: jax.Array, value: jax.Array) -> Softmax:
-        """Takes in weights [rows, keys] relative to the peak, and their values [keys, dim]."""
-        total = self.total + jnp.sum(weights, axis=1)
-        return self._replace(out=self.out + dot(weights.astype(value.dtype), value), total=total)
+        peak = jnp.where(self.total > 0, self.peak, 0.0)
+        return Pinned(self.out, peak, self.total, jnp.zeros((peak.size, _LANES), jnp.float32))
 
     def out_of_range(self, counts: jax.Array | None) -> jax.Array:
         """Whether weights relative to a pinned peak were too large or too small for their dtype in
@@ -72,12 +90,42 @@ class Softmax(NamedTuple):
             good |= ~counts
         return jnp.min(jnp.where(good, 1, 0), axis=0) == 0
 
-    def finish(self, log2_scale: float) -> tuple[jax.Array, jax.Array]:
+    def finish(self, exp2: Exp2) -> tuple[jax.Array, jax.Array]:
         """Output, and LSE in log2: zeros and -inf in rows that saw nothing."""
         seen = self.total != 0  # a NaN was seen too
         total = jnp.where(seen, self.total, 1.0)
-        lse = self.peak * log2_scale + jnp.where(total == total, _log2(total), jnp.nan)
+        lse = self.peak * exp2.scale + jnp.where(total == total, _log2(total), jnp.nan)
         return self.out / total[:, None], jnp.where(seen, lse, -jnp.inf)
+
+
+class Pinned(NamedTuple):
+    """`Softmax` with a peak that stays as it is.
+
+    parts: `[rows, 4]`, what has been added to `total`. Four threads hold a row of a product, two
+    columns of every eight each: none waits for another before the end.
+    """
+
+    out: jax.Array
+    peak: jax.Array
+    total: jax.Array
+    parts: jax.Array
+
+    def weights(self, scores: jax.Array, exp2: Exp2, exists: jax.Array | None) -> jax.Array:
+        """Weights of raw scores relative to the peak; zeros where the scores do not exist."""
+        peak = self.peak * exp2.scale
+        if exists is not None:
+            peak = jnp.where(exists, peak, jnp.inf)
+        return exp2(scores, peak[:, None])
+
+    def add(self, weights: jax.Array, value: jax.Array) -> Pinned:
+        """Takes in weights [rows, keys] relative to the peak, and their values [keys, dim]."""
+        rows, keys = weights.shape
+        pairs = jnp.sum(weights.reshape(rows, keys // (2 * _LANES), _LANES, 2), axis=3)
+        out = self.out + dot(weights.astype(value.dtype), value)
+        return self._replace(out=out, parts=self.parts + jnp.sum(pairs, axis=1))
+
+    def release(self) -> Softmax:
+        return Softmax(self.out, self.peak, self.total + jnp.sum(self.parts, axis=1))
 
 
 def _log2(x: jax.Array) -> jax.Array:
