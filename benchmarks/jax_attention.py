@@ -46,7 +46,7 @@ _ATTENTION: dict[str, Callable[[Case], Attention]] = {
 }
 
 
-def _inputs(case: Case, mode: Mode) -> tuple[jax.Array, ...]:
+def draw_inputs(case: Case, mode: Mode) -> tuple[jax.Array, ...]:
     """Query, key and value, and to train the output's gradient: standard normal bfloat16."""
     query = (case.batch, case.length, case.heads, case.head_dim)
     key = (case.batch, case.length, case.kv_heads, case.head_dim)
@@ -55,7 +55,7 @@ def _inputs(case: Case, mode: Mode) -> tuple[jax.Array, ...]:
     return tuple(jax.random.normal(k, shape, jnp.bfloat16) for k, shape in zip(keys, shapes))
 
 
-def _program(attention: Attention, mode: Mode) -> Callable[..., tuple[jax.Array, ...]]:
+def make_program(attention: Attention, mode: Mode) -> Callable[..., tuple[jax.Array, ...]]:
     def forward(*inputs: jax.Array) -> tuple[jax.Array, ...]:
         return (attention(*inputs),)
 
@@ -74,8 +74,8 @@ def measure(name: Name, case: Case, mode: Mode, repeats: int) -> Measurement:
     Raises:
       FloatingPointError: the results are not finite.
     """
-    inputs = jax.block_until_ready(_inputs(case, mode))
-    program = _program(_ATTENTION[name](case), mode)
+    inputs = jax.block_until_ready(draw_inputs(case, mode))
+    program = make_program(_ATTENTION[name](case), mode)
     start = time.perf_counter()
     compiled = jax.jit(program).lower(*inputs).compile()
     results = jax.block_until_ready(compiled(*inputs))

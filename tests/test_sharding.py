@@ -1,7 +1,6 @@
 """Batch and heads over a mesh: right, and without a collective that the call itself adds."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -10,18 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import s2_jax
-from tests.calls import SMALL_TILES, AttentionCall
-
-PATTERN = s2_jax.local_stride(1, 8, block_size=16)
-COLLECTIVE = re.compile(r"all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter")
-
-
-def attend(query, key, value, ids, implementation="interpret", **kwargs):
-    return s2_jax.s2_attention(
-        query, key, value, PATTERN, segment_ids=ids, implementation=implementation,
-        tiles=SMALL_TILES if implementation == "interpret" else None, **kwargs,
-    )  # fmt: skip
+from tests.meshes import BOTH_KINDS, COLLECTIVE, attend, inputs, place
 
 
 def gradients(query, key, value, ids, **kwargs):
@@ -29,12 +17,6 @@ def gradients(query, key, value, ids, **kwargs):
         return jnp.square(attend(*arrays, ids, **kwargs)).sum()
 
     return jax.grad(loss, (0, 1, 2))(query, key, value)
-
-
-def inputs(heads=8, kv_heads=8, batch=8):
-    call = AttentionCall(PATTERN, heads=heads, kv_heads=kv_heads, batch=batch, segments="packed")
-    arrays = [jnp.asarray(call.inputs()[name]) for name in ("query", "key", "value")]
-    return [*arrays, jnp.asarray(call.ids()[0])]
 
 
 @functools.cache
@@ -57,17 +39,11 @@ SPLITS = {
 }
 
 
-def place(arrays, mesh, spec, kv_spec=None):
-    q, k, v, ids = arrays
-    specs = [spec, *[spec if kv_spec is None else kv_spec] * 2, P(spec[0] if len(spec) else None)]
-    return [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip((q, k, v, ids), specs)]
-
-
 def make_mesh(kind):
     return jax.make_mesh((2, 4), ("x", "y"), axis_types=(kind,) * 2)
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@BOTH_KINDS
 @pytest.mark.parametrize("split", SPLITS)
 def test_jit_over_a_mesh_adds_no_collective(split, kind):
     mesh = make_mesh(kind)
@@ -81,7 +57,7 @@ def test_jit_over_a_mesh_adds_no_collective(split, kind):
     assert not COLLECTIVE.findall(compiled.as_text())
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@BOTH_KINDS
 @pytest.mark.parametrize("implementation", [None, "reference"])
 def test_what_runs_without_a_gpu_is_right_over_a_mesh(implementation, kind):
     mesh = make_mesh(kind)
@@ -91,7 +67,7 @@ def test_what_runs_without_a_gpu_is_right_over_a_mesh(implementation, kind):
         assert_same(run(*arrays), whole(kv_heads=4))
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@BOTH_KINDS
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 @pytest.mark.parametrize("implementation", ["interpret", None])
 def test_grouped_heads_over_a_mesh(implementation, kv_heads, kind):
@@ -112,7 +88,7 @@ def test_a_mesh_that_jit_only_learns_of_from_its_arguments():
     assert not COLLECTIVE.findall(compiled.as_text())
 
 
-@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
+@BOTH_KINDS
 def test_vmap_over_a_mesh_adds_no_collective(kind):
     """A mapped axis that is split, and one that is not, each with the heads split as well."""
     mesh = make_mesh(kind)
