@@ -102,7 +102,7 @@ class Bench:
             try:
                 for item in todo:
                     if (facts := self._ask(item, "prepare", keep)) is not None:
-                        item.facts = facts
+                        item.facts |= facts
                 return
             except Lost:
                 todo = [item for item in todo if item.error is None]
@@ -111,7 +111,7 @@ class Bench:
         """One group: prepares side by side, then times in turn, until `limit_s` have passed."""
         keep = items[0].case.io_bytes("train") < LARGE_BYTES
         of = {name: [i for i in items if i.framework == name] for name in self.status}
-        with concurrent.futures.ThreadPoolExecutor() as threads:
+        with concurrent.futures.ThreadPoolExecutor(len(of)) as threads:
             list(threads.map(lambda own: self._prepare(own, keep), of.values()))
         start = time.perf_counter()
         for number in range(rounds):
@@ -137,6 +137,8 @@ def environment_of(items: list[Item], gpu: dict[str, Any], caches: str) -> dict[
     if need >= LARGE_BYTES and gpu.get("memory_mb"):
         fraction = min(fraction, (1.3 * need + (2 << 30)) / (gpu["memory_mb"] * 2**20))
     return {
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # as nvidia-smi counts
+        "CUDA_VISIBLE_DEVICES": report.gpu_id(),
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
         "XLA_PYTHON_CLIENT_MEM_FRACTION": f"{fraction:.3f}",
         # Times of the first call are those of a first call.

@@ -28,7 +28,10 @@ def answer(session: Any, request: dict[str, Any]) -> dict[str, Any]:
     try:
         if request["do"] == "clear":
             return session.clear() or {}
-        return getattr(session, request["do"])(Case(**request["case"]), request["keep"])
+        reply = getattr(session, request["do"])(Case(**request["case"]))
+        if not request["keep"]:
+            session.forget_inputs()
+        return reply
     except NotImplementedError as failure:
         return {"unsupported": str(failure)}
     except Exception as failure:  # a peer may fail in any way, and the result says how

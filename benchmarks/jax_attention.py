@@ -18,10 +18,10 @@ import s2_jax
 from benchmarks.cases import MODES, Case, Mode, Name
 from benchmarks.timing import (
     SHORT_SECONDS,
-    busy_seconds,
     calls_of_group,
     seconds_once,
     short_calls_of_group,
+    traced_seconds,
 )
 from pallas_kernels import lowering
 from pallas_kernels.tiles import pick_tiles
@@ -151,14 +151,15 @@ class Program:
             count = short_calls_of_group(self._seconds)
             run(2)
             try:
-                busy = _traced(lambda: run(count), count)
+                traced = _traced(lambda: run(count), count)
             except Exception as failure:  # a profiler may be missing in many ways; time goes on
-                busy, self._why = None, f"profiler: {type(failure).__name__}: {failure}"[:200]
-            if busy is not None:
-                return {"seconds": busy / count, "clock": "profiler"}
+                traced, self._why = None, f"profiler: {type(failure).__name__}: {failure}"[:200]
+            if traced is not None:
+                return {"seconds": traced, "clock": "profiler"}
             self._why = self._why or "profiler: fewer GPU events than calls"
         count = calls_of_group(self._seconds)
-        run(1)
+        if count > 1:
+            run(1)
         start = time.perf_counter()
         run(count)
         seconds = (time.perf_counter() - start) / count
@@ -166,14 +167,14 @@ class Program:
 
 
 def _traced(run: Callable[[], None], calls: int) -> float | None:
-    """Seconds that the GPU was at work, by its profiler; None if that cannot be all of it."""
+    """Seconds of one call on the GPU by its profiler; None if it has not seen them all."""
     options = jax.profiler.ProfileOptions()
     options.host_tracer_level = options.python_tracer_level = 0
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder, profiler_options=options):
             run()
         traces = sorted(Path(folder).rglob("*.xplane.pb"))
-        return busy_seconds(jax.profiler.ProfileData.from_file(str(traces[-1])).planes, calls)
+        return traced_seconds(jax.profiler.ProfileData.from_file(str(traces[-1])).planes, calls)
 
 
 class Session:
@@ -184,9 +185,8 @@ class Session:
         self._programs: dict[Case, dict[Mode, Program]] = {}
         self._inputs: tuple[Case, tuple[Any, ...]] | None = None
 
-    def prepare(self, case: Case, keep: bool) -> dict[str, Any]:
+    def prepare(self, case: Case) -> dict[str, Any]:
         """Compiles; inputs come with the first round."""
-        del keep
         attention = _attention(self._name, case)
         facts = {}
         if self._name in ("s2_jax", "jax_triton"):
@@ -195,22 +195,23 @@ class Session:
         self._programs[case] = programs
         return facts | {mode: program.facts for mode, program in programs.items()}
 
-    def round(self, case: Case, keep: bool) -> dict[str, Any]:
+    def round(self, case: Case) -> dict[str, Any]:
         if self._inputs is None or self._inputs[0] != case.shape:
-            self._inputs = None
+            self.forget_inputs()
             keys = jax.random.split(jax.random.key(0), 4)
             *drawn, grad = (_draw(key, shape) for key, shape in zip(keys, _shapes(case)))
             arrays = (tuple(drawn), grad, jax.device_put(_masks(case)))
             self._inputs = case.shape, jax.block_until_ready(arrays)
-            del drawn, grad, arrays
         inputs = self._inputs[1]
         times = {mode: program.time(inputs) for mode, program in self._programs[case].items()}
-        if not keep:
-            self._inputs = None
         return {mode: found for mode, found in times.items() if found}
 
+    def forget_inputs(self) -> None:
+        self._inputs = None
+
     def clear(self) -> None:
-        self._programs, self._inputs = {}, None
+        self._programs = {}
+        self.forget_inputs()
         block_lists.cache_clear()
         jax.clear_caches()
         gc.collect()

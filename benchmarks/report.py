@@ -1,11 +1,16 @@
-"""What a result says in text: the machine, and one table a suite."""
+"""What a result says in text: the machine, and one table a suite.
+
+`python -m benchmarks.report RESULT` prints that of a result, also of one that was cut short.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +24,13 @@ _PACKAGES = (
 _PASSES = dict(zip(MODES, ("fwd", "f+b")))
 
 
+def gpu_id() -> str:
+    """The first GPU that may be used, as CUDA and nvidia-smi name it."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
+
+
 def find_gpu() -> dict[str, Any] | None:
-    """Of the first NVIDIA GPU, asked of its tool: no process holds memory."""
+    """What nvidia-smi says of it: this process holds no memory there. None without a GPU."""
     found = _query_gpu("name", "driver_version", "memory.total", "clocks.max.sm", "power.limit")
     if found is None:
         return None
@@ -41,7 +51,7 @@ def gpu_clock() -> int | None:
 
 def _query_gpu(*fields: str) -> list[str] | None:
     query = f"--query-gpu={','.join(fields)}"
-    text = _output_of(("nvidia-smi", query, "--format=csv,noheader,nounits", "--id=0"))
+    text = _output_of(("nvidia-smi", query, "--format=csv,noheader,nounits", f"--id={gpu_id()}"))
     found = [field.strip() for field in (text or "").split(",")]
     return found if text and len(found) == len(fields) else None
 
@@ -161,3 +171,7 @@ def _notes(result: dict[str, Any]) -> list[str]:
         for row in result["rows"] for mode in MODES if row[f"{mode}_clock_why"]
     }  # fmt: skip
     return [*notes, *failed, *clocks]
+
+
+if __name__ == "__main__":
+    print(tables(json.loads(Path(sys.argv[1]).read_text())))

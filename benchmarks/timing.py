@@ -34,21 +34,29 @@ def seconds_once(run: Callable[[int], Any]) -> float:
     return once
 
 
-def busy_seconds(planes: Iterable[Any], calls: int) -> float | None:
-    """How long the first GPU was at work: the union of what its streams ran.
+def traced_seconds(planes: Iterable[Any], calls: int) -> float | None:
+    """Of one call on the first GPU: from its first kernel's start to its last one's end.
 
-    None if that is fewer events than calls. planes: those of `jax.profiler.ProfileData`; lines
-    that are not streams repeat what streams say.
+    The gaps that the host leaves between calls do not count, as they do not between CUDA events
+    around a full queue. Where calls cannot be told apart, the time that any stream was at work.
+
+    Args:
+      planes: those of `jax.profiler.ProfileData`; lines that are not streams repeat what they say.
+
+    Returns:
+      None where there is no GPU, or where there are fewer events than calls.
     """
     gpus = sorted((p for p in planes if p.name.startswith("/device:GPU")), key=lambda p: p.name)
-    for plane in gpus[:1]:
-        lines = list(plane.lines)
-        streams = [line for line in lines if "stream" in line.name.lower()] or lines
-        spans = sorted((e.start_ns, e.start_ns + e.duration_ns) for s in streams for e in s.events)
-        busy, reached = 0.0, -math.inf
-        for start, stop in spans:
-            busy += max(0.0, stop - max(start, reached))
-            reached = max(reached, stop)
-        if busy > 0 and len(spans) >= calls:
-            return busy / 1e9
-    return None
+    lines = list(gpus[0].lines) if gpus else []
+    streams = [line for line in lines if "stream" in line.name.lower()] or lines
+    spans = sorted((e.start_ns, e.start_ns + e.duration_ns) for s in streams for e in s.events)
+    if not spans or len(spans) < calls:
+        return None
+    together = 1 if len(spans) % calls else len(spans) // calls
+    groups = [spans[i : i + together] for i in range(0, len(spans), together)]
+    busy, reached = 0.0, -math.inf
+    for group in groups:
+        stop = max(stop for _, stop in group)
+        busy += max(0.0, stop - max(group[0][0], reached))
+        reached = max(reached, stop)
+    return busy / calls / 1e9

@@ -109,18 +109,18 @@ class Session:
 
     def _inputs_of(self, case: Case) -> tuple[Any, ...]:
         if self._inputs is None or self._inputs[0] != case.shape:
-            self._inputs = None
+            self.forget_inputs()
             self._inputs = case.shape, _draw_inputs(self._name, case)
         return self._inputs[1]
 
-    def _forget_inputs(self) -> None:
+    def forget_inputs(self) -> None:
         import torch  # type: ignore[import-not-found]
 
         self._inputs = None
         gc.collect()
         torch.cuda.empty_cache()
 
-    def prepare(self, case: Case, keep: bool) -> dict[str, Any]:
+    def prepare(self, case: Case) -> dict[str, Any]:
         """Calls each mode once, which compiles; memory is the allocator's peak meanwhile.
 
         Raises:
@@ -149,18 +149,11 @@ class Session:
                 del results
             used = inputs[:3] if mode == "forward" else inputs
             facts[mode] = {"bytes": needed + sum(x.nbytes for x in used)}
-        if not keep:
-            del inputs
-            self._forget_inputs()
         return facts
 
-    def round(self, case: Case, keep: bool) -> dict[str, Any]:
+    def round(self, case: Case) -> dict[str, Any]:
         inputs = self._inputs_of(case)
-        times: dict[str, Any] = {mode: self._time(case, mode, inputs) for mode in MODES}
-        if not keep:
-            del inputs
-            self._forget_inputs()
-        return times
+        return {mode: self._time(case, mode, inputs) for mode in MODES}
 
     def _time(self, case: Case, mode: Mode, inputs: tuple[Any, ...]) -> dict[str, Any]:
         """Between CUDA events. Short calls wait in the queue until all are there."""
@@ -178,7 +171,8 @@ class Session:
         short = once < SHORT_SECONDS
         count = short_calls_of_group(once) if short else calls_of_group(once)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        _call(self._attentions[case], mode, inputs)
+        if count > 1:
+            _call(self._attentions[case], mode, inputs)
         if short and hasattr(torch.cuda, "_sleep"):
             torch.cuda._sleep(int(_CYCLES_A_SECOND * once * count))
         begin.record()
@@ -195,4 +189,4 @@ class Session:
 
             # The class is a cache of its instances, which hold GPU memory.
             LocalStrideSparseAttention.cache_clear()
-        self._forget_inputs()
+        self.forget_inputs()

@@ -49,6 +49,7 @@ class Worker:
         framework = FRAMEWORKS[name]
         command = [sys.executable, "-m", "benchmarks.attention_worker", name, framework.module]
         with log.open("a") as errors:
+            self._log_start = errors.tell()
             self._process = subprocess.Popen(
                 [*command, *framework.packages], cwd=_ROOT, text=True, stderr=errors,
                 env=os.environ | environment, start_new_session=True,
@@ -83,7 +84,8 @@ class Worker:
     def _ending(self) -> str:
         """Exit code, and the last line that it wrote to its log."""
         code = self._process.wait()
-        lines = [line for line in self._log.read_text(errors="replace").splitlines() if line]
+        text = self._log.read_bytes()[self._log_start :].decode(errors="replace")
+        lines = [line for line in text.splitlines() if line]
         return f"exit code {code}" + (f": {lines[-1][:300]}" if lines else "")
 
     def close(self) -> None:

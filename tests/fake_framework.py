@@ -21,7 +21,7 @@ class Session:
         with open(os.environ["FAKE_LOG"], "a") as log:
             print(do, self.name, case.length if case else "", case.stride if case else "", file=log)
 
-    def prepare(self, case, keep):
+    def prepare(self, case):
         self._log("prepare", case)
         if self.name == "s2_jax":
             if case.stride == CRASHES:
@@ -39,7 +39,7 @@ class Session:
         mode = {"bytes": 3 * case.io_bytes("forward"), "trace_lower_s": 0.5, "compile_s": 0.25}
         return {"layout_s": 0.125, "forward": mode, "train": mode}
 
-    def round(self, case, keep):
+    def round(self, case):
         self._log("round", case)
         assert case in self.prepared, "the worker is not the one that prepared this"
         if case.stride == CRASHES_LATER and self.name == "s2_jax":
@@ -51,6 +51,9 @@ class Session:
             mode: {"seconds": seconds * n, "clock": "wall"}
             for mode, n in (("forward", 1), ("train", 4))
         }
+
+    def forget_inputs(self):
+        self._log("forget")
 
     def clear(self):
         self._log("clear")

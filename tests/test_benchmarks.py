@@ -15,7 +15,7 @@ from benchmarks.cases import FRAMEWORKS, MODES, Case
 from benchmarks.jax_attention import Session
 from benchmarks.rows import row_of, shares
 from benchmarks.suites import SUITES, Item, Suite, plan
-from benchmarks.timing import busy_seconds
+from benchmarks.timing import traced_seconds
 from benchmarks.workers import Timeouts
 from tests.fake_framework import CRASHES, CRASHES_LATER, FULL, HANGS, SLOW, UNSUPPORTED
 
@@ -188,7 +188,15 @@ def test_a_spent_budget_drops_rounds_then_shapes(measure):
     assert "not measured, the budget was spent: 1 x 96 tokens" in report.tables(result)
 
 
-def test_large_shapes_keep_no_inputs_and_cap_jax():
+def test_large_shapes_keep_no_inputs(measure, monkeypatch):
+    monkeypatch.setattr(attention, "LARGE_BYTES", TINY.io_bytes("train"))
+    _, log = measure([TINY], ("s2_jax", "dkernel"), rounds=1)
+    assert [line.split()[:2] for line in log[-6:-2]] == [
+        ["round", "s2_jax"], ["forget", "s2_jax"], ["round", "dkernel"], ["forget", "dkernel"],
+    ]  # fmt: skip
+
+
+def test_large_shapes_cap_the_memory_of_jax():
     large = [Item("s2_jax", Case(131072))]
     small = [Item("s2_jax", Case(8192))]
     fractions = [
@@ -226,21 +234,21 @@ def test_the_jax_worker_measures_the_reference(measure, monkeypatch):
 def test_masked_cases_run(change):
     case = dataclasses.replace(TINY, **change)
     session = Session("reference")
-    session.prepare(case, True)
-    times = session.round(case, True)
+    session.prepare(case)
+    times = session.round(case)
     assert all(times[mode]["seconds"] > 0 for mode in MODES)
     session.clear()
 
 
 def test_results_that_are_not_finite_are_an_error():
     session = Session("reference")
-    session.prepare(TINY, True)
-    session.round(TINY, True)
+    session.prepare(TINY)
+    session.round(TINY)
     (shape, (inputs, *rest)) = session._inputs
     session._inputs = shape, ((inputs[0] * np.nan, *inputs[1:]), *rest)
     session._programs[TINY]["forward"]._seconds = None
     with pytest.raises(FloatingPointError):
-        session.round(TINY, True)
+        session.round(TINY)
 
 
 def line(name, *spans):
@@ -248,13 +256,17 @@ def line(name, *spans):
     return SimpleNamespace(name=name, events=events)
 
 
-def test_the_gpu_is_busy_while_any_stream_runs():
+def test_a_traced_call_lasts_from_its_first_kernel_to_its_last():
     host = SimpleNamespace(name="/host:CPU", lines=[line("Stream of words", (0, 900))])
-    streams = [line("Stream #7(Compute)", (10, 20), (30, 50)), line("Stream #9", (15, 25))]
-    gpu = SimpleNamespace(name="/device:GPU:0", lines=[*streams, line("XLA Modules", (0, 90))])
-    assert busy_seconds([host, gpu], calls=3) == pytest.approx(35e-9)
-    assert busy_seconds([host, gpu], calls=4) is None
-    assert busy_seconds([host], calls=1) is None
+    streams = [
+        line("Stream #7(Compute)", (10, 20), (30, 50), (70, 90)),
+        line("Stream #9", (80, 95)),
+    ]
+    gpu = SimpleNamespace(name="/device:GPU:0", lines=[*streams, line("XLA Modules", (0, 99))])
+    assert traced_seconds([host, gpu], calls=2) == pytest.approx((40 + 25) / 2 * 1e-9)
+    assert traced_seconds([host, gpu], calls=3) == pytest.approx((10 + 20 + 25) / 3 * 1e-9)
+    assert traced_seconds([host, gpu], calls=5) is None
+    assert traced_seconds([host], calls=1) is None
 
 
 # Rows, text and pictures.
