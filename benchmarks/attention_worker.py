@@ -1,61 +1,65 @@
-"""One framework in a process of its own: `python -m benchmarks.attention_worker JOB RESULT`.
+"""One framework in a process of its own.
 
-JOB is JSON: {"framework", "repeats", "cases"}; RESULT becomes JSON: {"error", "rows"}. It is
-written after every case, so that a crash loses one.
+    python -m benchmarks.attention_worker NAME MODULE PACKAGE...
+
+Reads requests and writes answers, a line of JSON each. First it answers that it is ready. A
+request: {"do": "prepare" | "round" | "clear", "case": fields of a `Case`, "keep": bool}; where not
+`keep`, no inputs stay alive after it. An answer is what the module's `Session` returns, or
+{"error": text}, or {"unsupported": text}.
 """
 
 from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-from benchmarks.cases import FRAMEWORKS, MODES, Case, Measurement, Mode, Name, row_of
+from benchmarks.cases import Case
 
 
 def first_line(error: BaseException) -> str:
     text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+    return f"{type(error).__name__}: {text.splitlines()[0][:300]}" if text else type(error).__name__
 
 
-def measure_case(module: Any, name: Name, case: Case, repeats: int) -> dict[str, Any]:
-    measured: dict[Mode, Measurement] = {}
-    error = None
-    for mode in MODES:
-        try:
-            measured[mode] = module.measure(name, case, mode, repeats)
-        except Exception as failure:  # a peer may fail in any way, and the result says how
-            error = f"{mode}: {first_line(failure)}"
-            break
-    return row_of(name, case, measured, error)
-
-
-def results(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The result so far, after the start and after every case."""
-    name: Name = job["framework"]
-    rows: list[dict[str, Any]] = []
+def answer(session: Any, request: dict[str, Any]) -> dict[str, Any]:
     try:
-        module = importlib.import_module(FRAMEWORKS[name].module)
-        for package in FRAMEWORKS[name].packages:
+        if request["do"] == "clear":
+            return session.clear() or {}
+        reply = getattr(session, request["do"])(Case(**request["case"]))
+        if not request["keep"]:
+            session.forget_inputs()
+        return reply
+    except NotImplementedError as failure:
+        return {"unsupported": str(failure)}
+    except Exception as failure:  # a peer may fail in any way, and the result says how
+        return {"error": first_line(failure)}
+
+
+def serve(name: str, module: str, packages: list[str], requests: TextIO, answers: TextIO) -> None:
+    def say(what: dict[str, Any]) -> None:
+        print(json.dumps(what), file=answers, flush=True)
+
+    try:
+        session = importlib.import_module(module).Session(name)
+        for package in packages:
             importlib.import_module(package)
     except Exception as failure:  # likewise: an installation may be broken in any way
-        yield {"error": first_line(failure), "rows": rows}
+        say({"error": first_line(failure)})
         return
-    yield {"error": None, "rows": rows}
-    for fields in job["cases"]:
-        rows.append(measure_case(module, name, Case(**fields), job["repeats"]))
-        yield {"error": None, "rows": rows}
+    say({"ready": True})
+    for line in requests:
+        say(answer(session, json.loads(line)))
 
 
 def main() -> None:
-    job_path, result_path = map(Path, sys.argv[1:])
-    for result in results(json.loads(job_path.read_text())):
-        result_path.write_text(json.dumps(result))
-        for row in result["rows"][-1:]:
-            print(json.dumps(row), flush=True)
+    # What libraries print goes where errors go; the protocol has the standard output to itself.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    _, name, module, *packages = sys.argv
+    serve(name, module, packages, sys.stdin, answers)
 
 
 if __name__ == "__main__":

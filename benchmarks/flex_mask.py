@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.cases import BLOCK_SIZE, Case
+from benchmarks.cases import Case
 
 FLEX_BLOCK_SIZE = 128
 """FlexAttention's default, and all that its backward takes on Hopper at head dims up to 128."""
@@ -21,7 +21,7 @@ def flex_block_mask(case: Case, device: str) -> Any:
         BlockMask,
     )
 
-    rows, parts = -(-case.length // FLEX_BLOCK_SIZE), FLEX_BLOCK_SIZE // BLOCK_SIZE
+    rows, parts = -(-case.length // FLEX_BLOCK_SIZE), FLEX_BLOCK_SIZE // case.block_size
     blocks = case.pattern.block_mask_at(
         num_heads=case.heads, q_blocks=rows * parts, kv_blocks=rows * parts,
         num_kv_heads=case.kv_heads,
@@ -58,8 +58,8 @@ def _mask_mod(case: Case, device: str) -> Callable[[Any, Any, Any, Any], Any]:
     local, stride, step = (torch.tensor(n, dtype=torch.int32, device=device) for n in numbers)
 
     def mask_mod(batch: Any, head: Any, query: Any, key: Any) -> Any:
-        key_block = key // BLOCK_SIZE
-        near = query // BLOCK_SIZE - key_block < local
+        key_block = key // case.block_size
+        near = query // case.block_size - key_block < local
         column = (key_block + (head // group) * step) % stride == 0
         return (query >= key) & (near | column)
 

@@ -1,37 +1,51 @@
-"""The JAX frameworks: s2_jax, cuDNN and tokamax."""
+"""The JAX frameworks: s2_jax by its implementations, cuDNN and tokamax."""
 
 from __future__ import annotations
 
+import functools
+import gc
+import tempfile
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 import s2_jax
-from benchmarks.cases import Case, Measurement, Mode, Name
-from benchmarks.timing import median_seconds
-from s2_jax.layout import block_lists
+from benchmarks.cases import MODES, Case, Mode, Name
+from benchmarks.timing import (
+    SHORT_SECONDS,
+    calls_of_group,
+    seconds_once,
+    short_calls_of_group,
+    traced_seconds,
+)
+from pallas_kernels import lowering
+from pallas_kernels.tiles import pick_tiles
+from s2_jax.layout import PatternLayouts, block_lists
 
-Attention = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-
-
-def _s2_jax(case: Case) -> Attention:
-    block_lists.cache_clear()
-    pattern = case.pattern
-    return lambda query, key, value: s2_jax.s2_attention(query, key, value, pattern)
-
-
-def _cudnn(case: Case) -> Attention:
-    del case
-    return lambda query, key, value: jax.nn.dot_product_attention(
-        query, key, value, is_causal=True, implementation="cudnn"
-    )
+_DRAWN_TOKENS = 8192
+_MOST_TRACES = 3
+Arrays = tuple[jax.Array, ...]
+Attention = Callable[..., jax.Array]
 
 
-def _tokamax(case: Case) -> Attention:
-    del case
+def _attention(name: Name, case: Case) -> Attention:
+    if name in ("s2_jax", "jax_triton", "reference"):
+        pattern, implementation = case.pattern, None if name == "s2_jax" else name
+        return lambda query, key, value, **masks: s2_jax.s2_attention(
+            query, key, value, pattern, implementation=implementation, **masks
+        )
+    if case.documents > 1 or case.padded:
+        raise NotImplementedError(f"{name} is measured on whole rows only")
+    if name == "cudnn":
+        return lambda query, key, value: jax.nn.dot_product_attention(
+            query, key, value, is_causal=True, implementation="cudnn"
+        )
+    assert name == "tokamax"
     import tokamax  # type: ignore[import-not-found]
 
     return lambda query, key, value: tokamax.dot_product_attention(
@@ -39,62 +53,165 @@ def _tokamax(case: Case) -> Attention:
     )
 
 
-_ATTENTION: dict[str, Callable[[Case], Attention]] = {
-    "s2_jax": _s2_jax,
-    "cudnn": _cudnn,
-    "tokamax": _tokamax,
-}
+def _layout_seconds(case: Case) -> float:
+    """Builds the block lists of all kernels, which tracing then finds."""
+    block_lists.cache_clear()
+    start = time.perf_counter()
+    tiles = pick_tiles(
+        head_dim=case.head_dim, itemsize=2, q_len=case.length, block_size=case.block_size,
+        compute_capability=lowering.compute_capability() or 90,
+    )  # fmt: skip
+    numbers = (case.heads, case.kv_heads, 0, case.length, case.length)
+    layouts = PatternLayouts(case.pattern, *numbers, tiles)
+    for lists in (layouts.forward, layouts.dq, layouts.dkv):
+        lists()
+    return time.perf_counter() - start
 
 
-def draw_inputs(case: Case, mode: Mode) -> tuple[jax.Array, ...]:
-    """Query, key and value, and to train the output's gradient: standard normal bfloat16."""
-    query = (case.batch, case.length, case.heads, case.head_dim)
-    key = (case.batch, case.length, case.kv_heads, case.head_dim)
-    shapes = (query, key, key) if mode == "forward" else (query, key, key, query)
-    keys = jax.random.split(jax.random.key(0), len(shapes))
-    return tuple(jax.random.normal(k, shape, jnp.bfloat16) for k, shape in zip(keys, shapes))
+def _shapes(case: Case) -> tuple[tuple[int, ...], ...]:
+    """Of query, key, value, and the output's gradient."""
+    heads = (case.heads, case.kv_heads, case.kv_heads, case.heads)
+    return tuple((case.batch, case.length, n, case.head_dim) for n in heads)
 
 
-def make_program(attention: Attention, mode: Mode) -> Callable[..., tuple[jax.Array, ...]]:
-    def forward(*inputs: jax.Array) -> tuple[jax.Array, ...]:
-        return (attention(*inputs),)
+def _masks(case: Case) -> dict[str, np.ndarray]:
+    """What else `s2_attention` takes: arguments of the program, as in training."""
+    if case.padded:
+        lengths = np.array(case.valid_lengths, np.int32)
+        return {"query_seq_lengths": lengths, "key_value_seq_lengths": lengths}
+    if case.documents == 1:
+        return {}
+    ids = np.arange(case.length, dtype=np.int32) // (case.length // case.documents)
+    return {"segment_ids": np.tile(ids, (case.batch, 1))}
 
-    def train(query: jax.Array, key: jax.Array, value: jax.Array, grad: jax.Array) -> Any:
-        return jax.vjp(attention, query, key, value)[1](grad)
+
+@functools.partial(jax.jit, static_argnums=1)
+def _draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Standard normal; beyond some tokens it repeats, so that drawing needs no more memory."""
+    batch, tokens, *rest = shape
+    some = jax.random.normal(key, (batch, min(tokens, _DRAWN_TOKENS), *rest), jnp.bfloat16)
+    return jnp.tile(some, (1, -(-tokens // _DRAWN_TOKENS), 1, 1))[:, :tokens]
+
+
+@jax.jit
+def _all_finite(results: Arrays) -> jax.Array:
+    return jnp.stack([jnp.isfinite(result).all() for result in results]).all()
+
+
+def _program(attention: Attention, mode: Mode) -> Callable[..., Arrays]:
+    def forward(inputs: Arrays, grad: jax.Array, masks: dict[str, jax.Array]) -> Arrays:
+        del grad
+        return (attention(*inputs, **masks),)
+
+    def train(inputs: Arrays, grad: jax.Array, masks: dict[str, jax.Array]) -> Any:
+        return jax.vjp(lambda *inputs: attention(*inputs, **masks), *inputs)[1](grad)
 
     return forward if mode == "forward" else train
 
 
-def measure(name: Name, case: Case, mode: Mode, repeats: int) -> Measurement:
-    """Time, memory and first call of one program.
+class Program:
+    """Compiled ahead of time. seconds: of one call, roughly, once it has run."""
 
-    Memory is what the compiled program needs by its own account: the allocator's peak cannot
-    be reset, so that it would be the largest case's, or that of drawing the inputs.
-
-    Raises:
-      FloatingPointError: the results are not finite.
-    """
-    inputs = jax.block_until_ready(draw_inputs(case, mode))
-    program = make_program(_ATTENTION[name](case), mode)
-    start = time.perf_counter()
-    compiled = jax.jit(program).lower(*inputs).compile()
-    results = jax.block_until_ready(compiled(*inputs))
-    first_call = time.perf_counter() - start
-    if not all(bool(jnp.isfinite(result).all()) for result in results):
-        raise FloatingPointError(f"{name} gives results that are not finite for {case}")
-    del results
-
-    def run(count: int) -> float:
+    def __init__(self, attention: Attention, case: Case, mode: Mode) -> None:
+        *inputs, grad = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in _shapes(case))
         start = time.perf_counter()
-        for _ in range(count):
-            results = compiled(*inputs)
-        jax.block_until_ready(results)
-        return time.perf_counter() - start
+        lowered = jax.jit(_program(attention, mode)).lower(tuple(inputs), grad, _masks(case))
+        traced = time.perf_counter()
+        self._compiled = lowered.compile()
+        self.facts = {"trace_lower_s": traced - start, "compile_s": time.perf_counter() - traced}
+        # The compiler's own account: the allocator's peak cannot be reset.
+        if (sizes := self._compiled.memory_analysis()) is not None:
+            parts = ("argument", "output", "temp")
+            self.facts["bytes"] = sum(getattr(sizes, f"{part}_size_in_bytes") for part in parts)
+        self._seconds: float | None = None
+        self._traces = 0
+        self._why: str | None = None
 
-    seconds = median_seconds(run, repeats)
-    sizes = compiled.memory_analysis()
-    assert sizes is not None
-    memory = (
-        sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
-    )  # fmt: skip
-    return Measurement(seconds, memory, first_call)
+    def time(self, inputs: tuple[Any, ...]) -> dict[str, Any]:
+        """Seconds of one call, from a group of them, and the clock; nothing after enough traces.
+
+        Raises:
+          FloatingPointError: the results are not finite.
+        """
+
+        def run(count: int) -> None:
+            for _ in range(count):
+                results = None  # freed before the next call asks for memory
+                results = self._compiled(*inputs)
+            jax.block_until_ready(results)
+
+        if self._seconds is None:
+            if not bool(_all_finite(self._compiled(*inputs))):
+                raise FloatingPointError("results that are not finite")
+            self._seconds = seconds_once(run)
+        if self._seconds < SHORT_SECONDS and self._why is None:
+            if self._traces == _MOST_TRACES:
+                return {}
+            self._traces += 1
+            count = short_calls_of_group(self._seconds)
+            run(2)
+            try:
+                traced = _traced(lambda: run(count), count)
+            except Exception as failure:  # a profiler may be missing in many ways; time goes on
+                traced, self._why = None, f"profiler: {type(failure).__name__}: {failure}"[:200]
+            if traced is not None:
+                return {"seconds": traced, "clock": "profiler"}
+            self._why = self._why or "profiler: fewer GPU events than calls"
+        count = calls_of_group(self._seconds)
+        if count > 1:
+            run(1)
+        start = time.perf_counter()
+        run(count)
+        seconds = (time.perf_counter() - start) / count
+        return {"seconds": seconds, "clock": "wall"} | ({"why": self._why} if self._why else {})
+
+
+def _traced(run: Callable[[], None], calls: int) -> float | None:
+    """Seconds of one call on the GPU by its profiler; None if it has not seen them all."""
+    options = jax.profiler.ProfileOptions()
+    options.host_tracer_level = options.python_tracer_level = 0
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            run()
+        traces = sorted(Path(folder).rglob("*.xplane.pb"))
+        return traced_seconds(jax.profiler.ProfileData.from_file(str(traces[-1])).planes, calls)
+
+
+class Session:
+    """What the worker holds: programs by case, and the inputs of one shape."""
+
+    def __init__(self, name: Name) -> None:
+        self._name = name
+        self._programs: dict[Case, dict[Mode, Program]] = {}
+        self._inputs: tuple[Case, tuple[Any, ...]] | None = None
+
+    def prepare(self, case: Case) -> dict[str, Any]:
+        """Compiles; inputs come with the first round."""
+        attention = _attention(self._name, case)
+        facts = {}
+        if self._name in ("s2_jax", "jax_triton"):
+            facts["layout_s"] = _layout_seconds(case)
+        programs = {mode: Program(attention, case, mode) for mode in MODES}
+        self._programs[case] = programs
+        return facts | {mode: program.facts for mode, program in programs.items()}
+
+    def round(self, case: Case) -> dict[str, Any]:
+        if self._inputs is None or self._inputs[0] != case.shape:
+            self.forget_inputs()
+            keys = jax.random.split(jax.random.key(0), 4)
+            *drawn, grad = (_draw(key, shape) for key, shape in zip(keys, _shapes(case)))
+            arrays = (tuple(drawn), grad, jax.device_put(_masks(case)))
+            self._inputs = case.shape, jax.block_until_ready(arrays)
+        inputs = self._inputs[1]
+        times = {mode: program.time(inputs) for mode, program in self._programs[case].items()}
+        return {mode: found for mode, found in times.items() if found}
+
+    def forget_inputs(self) -> None:
+        self._inputs = None
+
+    def clear(self) -> None:
+        self._programs = {}
+        self.forget_inputs()
+        block_lists.cache_clear()
+        jax.clear_caches()
+        gc.collect()

@@ -1,30 +1,63 @@
-"""What a result says in text: the machine, and one table a mode."""
+"""What a result says in text: the machine, and one table a suite.
+
+`python -m benchmarks.report RESULT` prints that of a result, also of one that was cut short.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
+import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import FRAMEWORKS, Mode
+from benchmarks.cases import FRAMEWORKS, MODES, Case
+from benchmarks.rows import pattern_key, shape_key, shares
 
 _PACKAGES = (
     "jax", "jaxlib", "jax-cuda12-plugin", "jax-cuda13-plugin", "nvidia-cudnn-cu12",
-    "nvidia-cudnn-cu13", "torch", "triton", "flash-attn", "dkernel", "tokamax",
+    "nvidia-cudnn-cu13", "jax-triton", "torch", "triton", "dkernel", "tokamax",
 )  # fmt: skip
-_TITLES: dict[Mode, str] = {"forward": "Forward", "train": "Forward and backward"}
+_PASSES = dict(zip(MODES, ("fwd", "f+b")))
 
 
-def find_gpu() -> dict[str, str] | None:
-    """Name and driver of the first NVIDIA GPU, asked of its tool: no process holds memory."""
-    command = ("nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader")
-    text = _output_of(command)
-    if not text:
+def gpu_id() -> str:
+    """The first GPU that may be used, as CUDA and nvidia-smi name it."""
+    return os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
+
+
+def find_gpu() -> dict[str, Any] | None:
+    """What nvidia-smi says of it: this process holds no memory there. None without a GPU."""
+    found = _query_gpu("name", "driver_version", "memory.total", "clocks.max.sm", "power.limit")
+    if found is None:
         return None
-    name, _, driver = text.splitlines()[0].partition(",")
-    return {"name": name.strip(), "driver": driver.strip()}
+    return {
+        "name": found[0],
+        "driver": found[1],
+        "memory_mb": _whole_or_none(found[2]),
+        "max_sm_mhz": _whole_or_none(found[3]),
+        "power_limit_w": found[4],
+    }
+
+
+def gpu_clock() -> int | None:
+    """MHz of its multiprocessors now."""
+    found = _query_gpu("clocks.sm")
+    return _whole_or_none(found[0]) if found else None
+
+
+def _query_gpu(*fields: str) -> list[str] | None:
+    query = f"--query-gpu={','.join(fields)}"
+    text = _output_of(("nvidia-smi", query, "--format=csv,noheader,nounits", f"--id={gpu_id()}"))
+    found = [field.strip() for field in (text or "").split(",")]
+    return found if text and len(found) == len(fields) else None
+
+
+def _whole_or_none(text: str) -> int | None:
+    return int(text) if text.isdigit() else None
 
 
 def versions() -> dict[str, str | None]:
@@ -53,42 +86,54 @@ def _output_of(command: tuple[str, ...]) -> str | None:
     return done.stdout.strip() or None
 
 
+def describe(of: Case | dict[str, Any]) -> str:
+    """Shape and pattern of a case or a row in words."""
+    row = of if isinstance(of, dict) else dataclasses.asdict(of)
+    heads, kv_heads = row["heads"], row["kv_heads"]
+    words = [f"{row['batch']} x {row['length']} tokens"]
+    words.append(f"{heads}{'' if heads == kv_heads else f'/{kv_heads}'} x {row['head_dim']}")
+    if row["documents"] > 1:
+        words.append(f"{row['documents']} documents")
+    words += ["padded"] * row["padded"]
+    if row["local_blocks"]:
+        words.append(f"({row['local_blocks']}, {row['stride']}) of {row['block_size']}")
+    return ", ".join(words)
+
+
 def tables(result: dict[str, Any]) -> str:
-    """Both modes, then what is absent and what failed."""
-    return "\n\n".join(
-        [*(_table(result["rows"], mode) for mode in _TITLES), "\n".join(_notes(result))]
-    )
+    """A table a suite, then what is absent and what failed."""
+    suites: dict[str, list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        suites.setdefault(row["suite"], []).append(row)
+    parts = [f"{suite}\n{_table(rows)}" for suite, rows in suites.items()]
+    return "\n\n".join([*parts, "\n".join(_notes(result))])
 
 
-def _table(rows: list[dict[str, Any]], mode: Mode) -> str:
-    """A line for each length and pattern: ms, and how many times as long as s2_jax."""
+def _table(rows: list[dict[str, Any]]) -> str:
+    """Two lines a shape and pattern: ms, and how many times as long as s2_jax the others take."""
     names = [name for name in FRAMEWORKS if any(row["framework"] == name for row in rows)]
-    found = {(r["framework"], r["length"], r["local_blocks"], r["stride"]): r for r in rows}
-    part = "forward" if mode == "forward" else "backward"
-    head = ["tokens", "local", "stride", "s2_jax TFLOP/s", *(f"{name} ms" for name in names)]
-    lines = [head]
-    for length, local_blocks, stride in _keys(rows):
-        s2 = found.get(("s2_jax", length, local_blocks, stride), {})
-        line = [str(length), *map(_whole, (local_blocks, stride))]
-        line.append(_number(s2.get(f"{part}_tflops")))
-        for name in names:
-            pattern = (local_blocks, stride) if FRAMEWORKS[name].sparse else (None, None)
-            row = found.get((name, length, *pattern), {})
-            line.append(_cell(row.get(f"{mode}_ms"), s2.get(f"{mode}_ms"), name == "s2_jax"))
-        lines.append(line)
+    share = {mode: shares(rows, mode) for mode in MODES}
+    sparse = [row for row in rows if row["local_blocks"]] or rows
+    keys = dict.fromkeys((shape_key(row), pattern_key(row)) for row in sparse)
+    columns = ["pass", "TFLOP/s", "share", "memory", *names]
+    lines = [["shape", *columns]]
+    for shape, pattern in keys:
+        found = {}
+        for i, row in enumerate(rows):
+            if shape_key(row) == shape and (not row["local_blocks"] or pattern_key(row) == pattern):
+                found[row["framework"]] = i, row
+        index, first = found.get("s2_jax") or next(iter(found.values()))
+        for mode in MODES:
+            line = [describe(first), _PASSES[mode]]
+            line.append(_number(first[f"{mode}_tflops"]))
+            line.append(f"{share[mode][index]:.0%}" if index in share[mode] else "-")
+            line.append(_number(first[f"{mode}_memory_ratio"]))
+            for name in names:
+                row = found[name][1] if name in found else {}
+                line.append(_cell(row, f"{mode}_ms", first))
+            lines.append(line)
     widths = [max(map(len, column)) for column in zip(*lines)]
-    text = "\n".join("  ".join(c.rjust(w) for c, w in zip(line, widths)) for line in lines)
-    return f"{_TITLES[mode]}; TFLOP/s of the {part} pass on visible blocks\n{text}"
-
-
-def _keys(rows: list[dict[str, Any]]) -> list[tuple[int, int | None, int | None]]:
-    """Lengths and patterns, in order of appearance; a length alone where nothing is sparse."""
-    sparse = [row for row in rows if FRAMEWORKS[row["framework"]].sparse] or rows
-    return list(dict.fromkeys((r["length"], r["local_blocks"], r["stride"]) for r in sparse))
-
-
-def _whole(value: int | None) -> str:
-    return "-" if value is None else str(value)
+    return "\n".join("  ".join(c.rjust(w) for c, w in zip(line, widths)) for line in lines)
 
 
 def _number(value: float | None) -> str:
@@ -98,21 +143,35 @@ def _number(value: float | None) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
 
 
-def _cell(ms: float | None, s2_ms: float | None, is_s2: bool) -> str:
-    if ms is None or s2_ms is None or is_s2:
-        return _number(ms)
-    return f"{_number(ms)} ({ms / s2_ms:.1f}x)"
+def _cell(row: dict[str, Any], name: str, first: dict[str, Any]) -> str:
+    if row.get(name) is None:
+        error = row.get("error") or ""
+        return "n/s" if error.startswith("not supported") else "failed" if error else "-"
+    if row is first or first[name] is None:
+        return _number(row[name])
+    return f"{_number(row[name])} ({row[name] / first[name]:.2f}x)"
 
 
 def _notes(result: dict[str, Any]) -> list[str]:
     gpu = result["gpu"]
-    notes = [f"{gpu['name']}, driver {gpu['driver']}; N x: N times as long as s2_jax"]
+    notes = [
+        f"{gpu['name']}, driver {gpu['driver']}. ms, medians of rounds; N x: N times as long as "
+        "s2_jax. Of s2_jax: TFLOP/s of visited blocks; share of the theoretical speed-up over "
+        "FlashAttention-2; peak memory over inputs and results.",
+    ]
     for name, status in result["frameworks"].items():
         notes.append(f"{name}: {status} ({FRAMEWORKS[name].what})")
-    for row in result["rows"]:
-        if row["error"] is not None:
-            where = f"{row['length']} tokens"
-            if row["stride"] is not None:
-                where += f", {row['local_blocks']} local blocks, stride {row['stride']}"
-            notes.append(f"{row['framework']} at {where}: {row['error']}")
-    return notes
+    notes += [f"not measured, the budget was spent: {what}" for what in result["not_measured"]]
+    failed = {
+        f"{row['framework']} on {describe(row)}: {row['error']}": None
+        for row in result["rows"] if row["error"] is not None
+    }  # fmt: skip
+    clocks = {
+        f"{row['framework']}: {row[f'{mode}_clock_why']}; wall clock instead": None
+        for row in result["rows"] for mode in MODES if row[f"{mode}_clock_why"]
+    }  # fmt: skip
+    return [*notes, *failed, *clocks]
+
+
+if __name__ == "__main__":
+    print(tables(json.loads(Path(sys.argv[1]).read_text())))

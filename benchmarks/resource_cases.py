@@ -54,6 +54,7 @@ class Variant:
     """One kind of call, at any tile.
 
     ragged: lengths that no tile divides. traced_offset: the position of query 0 is an array.
+    gathers: as for `pick_tiles`.
     arguments: further keyword arguments of `s2_attention`, from the two lengths.
     """
 
@@ -62,6 +63,7 @@ class Variant:
     ragged: bool = True
     group: int = 2
     traced_offset: bool = False
+    gathers: bool = True
     arguments: Callable[[int, int], dict[str, Any]] = lambda q_len, kv_len: {}
 
 
@@ -69,7 +71,7 @@ VARIANTS = {
     "ragged": Variant(),
     "aligned": Variant(ragged=False, group=1),
     "bidirectional": Variant(causal=False),
-    "many runs": Variant(pattern=_many_runs),
+    "many runs": Variant(pattern=_many_runs, gathers=False),
     "traced offset": Variant(traced_offset=True),
     "packed": Variant(arguments=_packed),
     "padded": Variant(arguments=_padded),
@@ -138,6 +140,7 @@ def cases(compute_capability: int) -> Iterator[Case]:
             itemsize=jnp.dtype(dtype).itemsize,
             q_len=q_len,
             block_size=block_size,
+            gathers=VARIANTS[variant].gathers,
             compute_capability=compute_capability,
         )
         case = Case(variant, dtype, head_dim, block_size, tiles)

@@ -30,8 +30,6 @@ from jax.sharding import PartitionSpec as P
 
 import s2_jax
 from benchmarks import report
-from benchmarks.cases import Case
-from benchmarks.jax_attention import draw_inputs, make_program
 
 Split = Literal["batch", "heads"]
 Way = Literal["jit-auto", "jit-explicit", "shard_map", "pmap"]
@@ -77,9 +75,9 @@ class Settings:
         fields = {k: v for k, v in dataclasses.asdict(self).items() if k != "out"}
         return fields | {"dtype": "bfloat16"}
 
-    def case(self, length: int) -> Case:
-        shape = Case(length, self.batch, self.heads, self.heads, self.head_dim)
-        return shape.with_pattern(self.local_blocks, self.vert_stride)
+    @property
+    def pattern(self) -> s2_jax.Pattern:
+        return s2_jax.local_stride(self.local_blocks, self.vert_stride)
 
     def pairs(self) -> list[tuple[Split, Way]]:
         every = itertools.product(self.splits, self.ways)
@@ -108,17 +106,26 @@ def find_devices(settings: Settings) -> list[jax.Device]:
     return list(found[:wanted])
 
 
-def _train(settings: Settings, case: Case, head_axis: str | None = None) -> Callable[..., Any]:
+def _train(settings: Settings, head_axis: str | None = None) -> Callable[..., Any]:
     attention = functools.partial(
-        s2_jax.s2_attention, pattern=case.pattern, head_axis=head_axis,
+        s2_jax.s2_attention, pattern=settings.pattern, head_axis=head_axis,
         implementation=settings.implementation,
     )  # fmt: skip
-    return make_program(attention, "train")
+
+    def train(query: jax.Array, key: jax.Array, value: jax.Array, grad_out: jax.Array) -> Any:
+        return jax.vjp(attention, query, key, value)[1](grad_out)
+
+    return train
+
+
+def _draw(settings: Settings, length: int) -> list[jax.Array]:
+    """Query, key, value and the output's gradient: standard normal."""
+    shape = (settings.batch, length, settings.heads, settings.head_dim)
+    return [jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i in range(4)]
 
 
 def _shared(
     settings: Settings,
-    case: Case,
     split: Split,
     way: Way,
     inputs: Sequence[jax.Array],
@@ -128,21 +135,21 @@ def _shared(
     if way == "pmap":
         parts = [x.reshape(len(devices), -1, *x.shape[1:]) for x in inputs]
         placed = jax.pmap(lambda *arrays: arrays, devices=devices)(*parts)
-        mapped = jax.pmap(_train(settings, case), devices=devices)
+        mapped = jax.pmap(_train(settings), devices=devices)
         return lambda: mapped(*placed)
     kind = AxisType.Explicit if way == "jit-explicit" else AxisType.Auto
     mesh = jax.make_mesh((len(devices),), ("x",), axis_types=(kind,), devices=devices)
     spec = SPECS[split]
     placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x in inputs]
     if way == "shard_map":
-        by_hand = _train(settings, case, "x" if split == "heads" else None)
+        by_hand = _train(settings, "x" if split == "heads" else None)
         # Pallas' interpreter cannot run under check_vma.
         check_vma = settings.implementation != "interpret"
         program = jax.jit(
             jax.shard_map(by_hand, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check_vma)
         )
         return lambda: program(*placed)
-    program = jax.jit(_train(settings, case))
+    program = jax.jit(_train(settings))
 
     def call() -> Any:
         with jax.set_mesh(mesh) if way == "jit-explicit" else contextlib.nullcontext():
@@ -197,13 +204,17 @@ def run(settings: Settings, devices: list[jax.Device]) -> dict[str, Any]:
     }
     settings.out.parent.mkdir(parents=True, exist_ok=True)
     for length in settings.lengths:
-        case = settings.case(length)
-        flops = (case.forward_flops or 0) + (case.backward_flops or 0)
+        flops = settings.batch * sum(
+            settings.pattern.flops(
+                settings.heads, length, length, head_dim=settings.head_dim, backward=backward
+            )
+            for backward in (False, True)
+        )
         with jax.default_device(devices[0]):
-            inputs = jax.block_until_ready(draw_inputs(case, "train"))
-        one = functools.partial(jax.jit(_train(settings, case)), *inputs)
+            inputs = jax.block_until_ready(_draw(settings, length))
+        one = functools.partial(jax.jit(_train(settings)), *inputs)
         for split, way in settings.pairs():
-            many = _shared(settings, case, split, way, inputs, devices)
+            many = _shared(settings, split, way, inputs, devices)
             row: dict[str, Any] = {"length": length, "split": split, "way": way}
             row |= compare(settings, one, many)
             del many  # and with it its share of the inputs

@@ -1,4 +1,4 @@
-"""The PyTorch frameworks: FlashAttention-2, FlexAttention and dkernel. Imports PyTorch late."""
+"""The PyTorch frameworks: SDPA's backends, FlexAttention and dkernel. Imports PyTorch late."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.cases import BLOCK_SIZE, Case, Measurement, Mode, Name
+from benchmarks.cases import MODES, Case, Mode, Name
 from benchmarks.flex_mask import flex_block_mask
-from benchmarks.timing import median_seconds
+from benchmarks.timing import SHORT_SECONDS, calls_of_group, seconds_once, short_calls_of_group
 
 Attention = Callable[[Any, Any, Any], Any]
+_CYCLES_A_SECOND = 2e9
+"""At least what a GPU's clock makes."""
 
 
-def _flash2(case: Case) -> Attention:
+def _sdpa(backend: str, case: Case) -> Attention:
     from torch.nn.attention import SDPBackend, sdpa_kernel  # type: ignore[import-not-found]
     from torch.nn.functional import (  # type: ignore[import-not-found]
         scaled_dot_product_attention,
@@ -24,7 +26,7 @@ def _flash2(case: Case) -> Attention:
     grouped = case.heads != case.kv_heads
 
     def attention(query: Any, key: Any, value: Any) -> Any:
-        with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        with sdpa_kernel(getattr(SDPBackend, backend)):
             return scaled_dot_product_attention(
                 query, key, value, is_causal=True, enable_gqa=grouped
             )
@@ -58,22 +60,21 @@ def _dkernel(case: Case) -> Attention:
 
     if case.heads != case.kv_heads:
         raise NotImplementedError("dkernel trains with as many key/value heads as query heads only")
-    # The class is a cache of its instances, which hold GPU memory.
-    LocalStrideSparseAttention.cache_clear()
     return LocalStrideSparseAttention(
-        case.heads, case.length, BLOCK_SIZE, case.local_blocks, case.stride, seq_dim=1
+        case.heads, case.length, case.block_size, case.local_blocks, case.stride, seq_dim=1
     ).cuda()
 
 
 _ATTENTION: dict[str, Callable[[Case], Attention]] = {
-    "flash2": _flash2,
+    "flash2": functools.partial(_sdpa, "FLASH_ATTENTION"),
+    "torch_cudnn": functools.partial(_sdpa, "CUDNN_ATTENTION"),
     "flex": _flex,
     "dkernel": _dkernel,
 }
 
 
-def _inputs(name: Name, case: Case, mode: Mode) -> tuple[Any, ...]:
-    """Query, key, value, and to train the output's gradient, in the framework's own layout."""
+def _draw_inputs(name: Name, case: Case) -> tuple[Any, ...]:
+    """Query, key, value, and the output's gradient, in the framework's own layout."""
     import torch  # type: ignore[import-not-found]
 
     torch.manual_seed(0)
@@ -84,51 +85,108 @@ def _inputs(name: Name, case: Case, mode: Mode) -> tuple[Any, ...]:
         return torch.randn(shape, dtype=torch.bfloat16, device="cuda")
 
     inputs = (draw(case.heads), draw(case.kv_heads), draw(case.kv_heads))
-    if mode == "forward":
-        return inputs
     return (*(x.requires_grad_() for x in inputs), draw(case.heads))
 
 
-def measure(name: Name, case: Case, mode: Mode, repeats: int) -> Measurement:
-    """Time between CUDA events, the allocator's peak meanwhile, and the first call.
-
-    Raises:
-      FloatingPointError: the results are not finite.
-    """
+def _call(attention: Attention, mode: Mode, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     import torch  # type: ignore[import-not-found]
 
-    gc.collect()
-    torch.cuda.empty_cache()
-    start = time.perf_counter()
-    attention = _ATTENTION[name](case)
-    prepared = time.perf_counter() - start
-    query, key, value, *grad = _inputs(name, case, mode)
+    query, key, value, grad = inputs
+    if mode == "train":
+        return torch.autograd.grad(attention(query, key, value), (query, key, value), grad)
+    with torch.no_grad():
+        return (attention(query, key, value),)
 
-    def call() -> tuple[Any, ...]:
-        if mode == "train":
-            out = attention(query, key, value)
-            return torch.autograd.grad(out, (query, key, value), grad[0])
-        with torch.no_grad():
-            return (attention(query, key, value),)
 
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    results = call()
-    torch.cuda.synchronize()
-    first_call = prepared + time.perf_counter() - start
-    if not all(bool(torch.isfinite(result).all()) for result in results):
-        raise FloatingPointError(f"{name} gives results that are not finite for {case}")
-    del results
+class Session:
+    """What the worker holds: attentions by case, and the inputs of one shape."""
 
-    def run(count: int) -> float:
+    def __init__(self, name: Name) -> None:
+        self._name = name
+        self._attentions: dict[Case, Attention] = {}
+        self._seconds: dict[tuple[Case, Mode], float] = {}
+        self._inputs: tuple[Case, tuple[Any, ...]] | None = None
+
+    def _inputs_of(self, case: Case) -> tuple[Any, ...]:
+        if self._inputs is None or self._inputs[0] != case.shape:
+            self.forget_inputs()
+            self._inputs = case.shape, _draw_inputs(self._name, case)
+        return self._inputs[1]
+
+    def forget_inputs(self) -> None:
+        import torch  # type: ignore[import-not-found]
+
+        self._inputs = None
+        gc.collect()
+        torch.cuda.empty_cache()
+
+    def prepare(self, case: Case) -> dict[str, Any]:
+        """Calls each mode once, which compiles; memory is the allocator's peak meanwhile.
+
+        Raises:
+          FloatingPointError: the results are not finite.
+        """
+        import torch  # type: ignore[import-not-found]
+
+        if case.documents > 1 or case.padded:
+            raise NotImplementedError(f"{self._name} is measured on whole rows only")
+        inputs = self._inputs_of(case)
+        before, start = torch.cuda.memory_allocated(), time.perf_counter()
+        attention = self._attentions[case] = _ATTENTION[self._name](case)
+        facts: dict[str, Any] = {"first_call_s": time.perf_counter() - start}
+        for mode in MODES:
+            # The second call's memory: the first may try several programs.
+            for first in (True, False):
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                start = time.perf_counter()
+                results = _call(attention, mode, inputs)
+                torch.cuda.synchronize()
+                facts["first_call_s"] += (time.perf_counter() - start) * first
+                needed = torch.cuda.max_memory_allocated() - before
+                if not all(bool(torch.isfinite(result).all()) for result in results):
+                    raise FloatingPointError("results that are not finite")
+                del results
+            used = inputs[:3] if mode == "forward" else inputs
+            facts[mode] = {"bytes": needed + sum(x.nbytes for x in used)}
+        return facts
+
+    def round(self, case: Case) -> dict[str, Any]:
+        inputs = self._inputs_of(case)
+        return {mode: self._time(case, mode, inputs) for mode in MODES}
+
+    def _time(self, case: Case, mode: Mode, inputs: tuple[Any, ...]) -> dict[str, Any]:
+        """Between CUDA events. Short calls wait in the queue until all are there."""
+        import torch  # type: ignore[import-not-found]
+
+        def run(count: int) -> None:
+            for _ in range(count):
+                _call(self._attentions[case], mode, inputs)
+            torch.cuda.synchronize()
+
+        once = self._seconds.get((case, mode))
+        if once is None:
+            run(1)
+            once = self._seconds[case, mode] = seconds_once(run)
+        short = once < SHORT_SECONDS
+        count = short_calls_of_group(once) if short else calls_of_group(once)
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if count > 1:
+            _call(self._attentions[case], mode, inputs)
+        if short and hasattr(torch.cuda, "_sleep"):
+            torch.cuda._sleep(int(_CYCLES_A_SECOND * once * count))
         begin.record()
         for _ in range(count):
-            call()
+            _call(self._attentions[case], mode, inputs)
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end) / 1e3
+        return {"seconds": begin.elapsed_time(end) / 1e3 / count, "clock": "cuda-events"}
 
-    torch.cuda.reset_peak_memory_stats()
-    seconds = median_seconds(run, repeats)
-    return Measurement(seconds, torch.cuda.max_memory_allocated(), first_call)
+    def clear(self) -> None:
+        self._attentions, self._seconds = {}, {}
+        if self._name == "dkernel":
+            from dkernel import LocalStrideSparseAttention  # type: ignore[import-not-found]
+
+            # The class is a cache of its instances, which hold GPU memory.
+            LocalStrideSparseAttention.cache_clear()
+        self.forget_inputs()

@@ -47,8 +47,7 @@ class TileMask:
         bits: one for each part of the fixed tile that sees the position. inside: the position
         exists and counts.
         """
-        if self.window is None or not self.window.adds:
-            bits = jnp.where(inside, bits, 0)
+        bits = jnp.where(inside, bits, 0)
         # One number a token is widened and compared, never a bool: those Triton packs into bytes.
         ones = jnp.full(self.positions.shape, 1)
         if self.parts > 1:

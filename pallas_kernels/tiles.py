@@ -58,7 +58,13 @@ class TileConfig:
 
 
 def pick_tiles(
-    *, head_dim: int, itemsize: int, q_len: int, block_size: int = 64, compute_capability: int = 90
+    *,
+    head_dim: int,
+    itemsize: int,
+    q_len: int,
+    block_size: int = 64,
+    gathers: bool = True,
+    compute_capability: int = 90,
 ) -> TileConfig:
     """The tiles for a call.
 
@@ -66,12 +72,16 @@ def pick_tiles(
       head_dim: the larger of the two head dims.
       itemsize: bytes an element: 2 or 4.
       q_len: query tokens in a row; short rows want small tiles to fill the GPU.
-      block_size: of the pattern. A key tile of dk/dv is no larger: it would walk, masked, the
-        queries of all its columns for each of them.
+      block_size: of the pattern.
+      gathers: whether a key tile of dk/dv can be put together from columns that the same queries
+        see. Otherwise it is no larger than a block: it would walk, masked, the queries of all its
+        columns for each of them.
       compute_capability: 80, 86, 89, 90, 100, ...
     """
     pick = {90: _hopper, 100: _blackwell, 103: _blackwell}.get(compute_capability, _ampere)
     tiles = pick(head_dim, itemsize, q_len)
+    if gathers:
+        return tiles
     dkv = dataclasses.replace(tiles.dkv, block_kv=min(tiles.dkv.block_kv, block_size))
     if compute_capability == 90 and itemsize == 2 and dkv.block_kv == 32:
         dkv = dataclasses.replace(dkv, block_q=32)  # 64 spills
@@ -81,16 +91,15 @@ def pick_tiles(
 def _hopper(head_dim: int, itemsize: int, q_len: int) -> TileConfig:
     """227 KB of shared memory a multiprocessor (H100, H200).
 
-    Up to head_dim 128 from `python -m benchmarks.tune` on an H200: 4 warps a program let two
-    programs share a multiprocessor, which hides one's softmax behind the other's products. They
-    spill a few registers, and are still 1.1 (forward) and 2.3 (dk/dv) times as fast as 8 warps.
+    Up to head_dim 128 from `python -m benchmarks.tune`: with 4 warps two programs share a
+    multiprocessor, and one's softmax hides behind the other's products.
     """
     if itemsize == 4:
         return _float32(head_dim)
     if head_dim > 128:
         return TileConfig(forward=Tile(64, 64, 8, 2), dq=Tile(64, 32, 8, 2), dkv=Tile(64, 32, 8, 1))
     dq = Tile(128, 64, 8, 3) if q_len >= 16384 else Tile(64, 64, 4, 2)
-    return TileConfig(forward=Tile(128, 64, 4, 2), dq=dq, dkv=Tile(64, 64, 4, 2))
+    return TileConfig(forward=Tile(64, 64, 4, 3), dq=dq, dkv=Tile(64, 64, 4, 2))
 
 
 def _blackwell(head_dim: int, itemsize: int, q_len: int) -> TileConfig:

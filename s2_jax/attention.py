@@ -19,7 +19,7 @@ from pallas_kernels.explicit import explicit_axes, explicit_spec, is_split
 from pallas_kernels.tiles import TileConfig, pick_tiles
 from pallas_kernels.tokens import Tokens
 from s2_jax.checks import Call, check_call, check_implementation
-from s2_jax.layout import PatternLayouts, number_patterns
+from s2_jax.layout import PatternLayouts, gathers_keys, number_patterns
 from s2_jax.patterns import Pattern
 from s2_jax.reference import reference_attention
 from s2_jax.structure import Heads, boolean
@@ -192,6 +192,7 @@ def _kernels(
             itemsize=call.query.dtype.itemsize,
             q_len=q_len,
             block_size=call.pattern.block_size,
+            gathers=gathers_keys(call.pattern, call.num_heads, call.num_kv_heads),
             compute_capability=lowering.compute_capability() or 90,
         )
     offset = call.query_offset if isinstance(call.query_offset, int) else None

@@ -77,6 +77,13 @@ def groups_share(pattern: Pattern, num_heads: int, num_kv_heads: int) -> bool:
     return all(len(set(keys[i : i + group])) == 1 for i in range(0, len(keys), group))
 
 
+def gathers_keys(pattern: Pattern, num_heads: int, num_kv_heads: int) -> bool:
+    """Whether many columns are seen alike, and key tiles may hold them in any order."""
+    rule, _ = pattern.token_window()
+    alike = rule is None or rule.structure() is not None
+    return alike and groups_share(pattern, num_heads, num_kv_heads)
+
+
 @functools.lru_cache(maxsize=128)
 def block_lists(
     pattern: Pattern, num_heads: int, num_kv_heads: int, geometry: Geometry

@@ -1,0 +1,59 @@
+"""A framework for tests/test_benchmarks.py: a case's stride says what happens.
+
+Every request is written to the file that FAKE_LOG names.
+"""
+
+import os
+import time
+
+CRASHES, HANGS, FULL, UNSUPPORTED, CRASHES_LATER, SLOW = 101, 103, 107, 109, 113, 127
+
+
+class Session:
+    def __init__(self, name):
+        self.name = name
+        if name == "tokamax":
+            raise ImportError("no such GPU library")
+        print("libraries print on the standard output")
+        self.prepared = set()
+
+    def _log(self, do, case=None):
+        with open(os.environ["FAKE_LOG"], "a") as log:
+            print(do, self.name, case.length if case else "", case.stride if case else "", file=log)
+
+    def prepare(self, case):
+        self._log("prepare", case)
+        if self.name == "s2_jax":
+            if case.stride == CRASHES:
+                print("Segmentation fault, or so", file=os.sys.stderr)
+                os._exit(11)
+            if case.stride == HANGS:
+                time.sleep(60)
+            if case.stride == FULL:
+                raise MemoryError("RESOURCE_EXHAUSTED: Out of memory\nand a long story")
+            if case.stride == UNSUPPORTED:
+                raise NotImplementedError("this stride")
+            if case.stride == SLOW:
+                time.sleep(0.5)
+        self.prepared.add(case)
+        mode = {"bytes": 3 * case.io_bytes("forward"), "trace_lower_s": 0.5, "compile_s": 0.25}
+        return {"layout_s": 0.125, "forward": mode, "train": mode}
+
+    def round(self, case):
+        self._log("round", case)
+        assert case in self.prepared, "the worker is not the one that prepared this"
+        if case.stride == CRASHES_LATER and self.name == "s2_jax":
+            os._exit(12)
+        if case.stride == SLOW:
+            time.sleep(0.02)
+        seconds = 0.002 if self.name == "flash2" else 0.001
+        return {
+            mode: {"seconds": seconds * n, "clock": "wall"}
+            for mode, n in (("forward", 1), ("train", 4))
+        }
+
+    def forget_inputs(self):
+        self._log("forget")
+
+    def clear(self):
+        self._log("clear")

@@ -1,0 +1,382 @@
+"""The attention benchmark without a GPU: suites, workers that fail, arithmetic, text, pictures."""
+
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import s2_jax
+from benchmarks import attention, plots, report
+from benchmarks.attention import Settings, run
+from benchmarks.cases import FRAMEWORKS, MODES, Case
+from benchmarks.jax_attention import Session
+from benchmarks.rows import row_of, shares
+from benchmarks.suites import SUITES, Item, Suite, plan
+from benchmarks.timing import traced_seconds
+from benchmarks.workers import Timeouts
+from tests.fake_framework import CRASHES, CRASHES_LATER, FULL, HANGS, SLOW, UNSUPPORTED
+
+GPU = {"name": "A GPU", "driver": "1.2", "memory_mb": 80000}
+TINY = Case(96, heads=2, kv_heads=2, head_dim=16, local_blocks=2, stride=3, block_size=16)
+
+
+def patterns(*strides):
+    return [dataclasses.replace(TINY, stride=stride) for stride in strides]
+
+
+# Suites.
+
+
+def test_main_is_a_grid_in_which_dense_frameworks_run_once_a_length():
+    groups = plan(("main",), (), ("s2_jax", "flash2"))
+    assert [items[0].case.length for items in groups] == [2048 << i for i in reversed(range(7))]
+    names = [item.framework for item in groups[0]]
+    assert names == ["flash2", "s2_jax", "s2_jax", "s2_jax"]
+
+
+def test_a_case_of_two_suites_is_measured_once():
+    groups = plan(("main", "paper"), (131072,), ("s2_jax",))
+    suites = {
+        (i.case.heads, i.case.local_blocks, i.case.stride): i.suites for g in groups for i in g
+    }
+    assert suites == {
+        (32, 8, 16): ["main", "paper"],
+        (32, 8, 32): ["main", "paper"],
+        (32, 16, 8): ["main"],
+        (64, 8, 64): ["paper"],
+    }
+
+
+def test_batches_hold_as_many_tokens_as_one_long_row():
+    groups = plan(("batch",), (), ("s2_jax",))
+    assert {i.case.batch * i.case.length for g in groups for i in g} == {32768}
+
+
+def test_small_blocks_see_as_many_tokens_as_large_ones():
+    (items,) = plan(("small_blocks",), (), ("s2_jax",))
+    flops = {item.case.block_size: item.case.flops for item in items}
+    assert set(flops) == {16, 32, 64}
+    assert max(flops.values()) / min(flops.values()) < 1.01
+
+
+def test_packed_documents_need_what_they_need_as_rows():
+    cases = [i.case for g in plan(("packed",), (), ("jax_triton",)) for i in g]
+    documents = next(case for case in cases if case.documents > 1)
+    rows = next(case for case in cases if case.batch == documents.documents)
+    assert documents.flops == rows.flops
+    assert {case.length for case in cases} == {131072, 131071, 32768, 2048}
+    assert next(c for c in cases if c.padded).valid_lengths == [8192, 16384, 24576, 32768]
+
+
+def test_the_largest_shape_comes_first_and_the_longest_only_for_s2_jax():
+    groups = plan(tuple(SUITES), (), tuple(FRAMEWORKS)[:-1])
+    assert [i.framework for i in groups[0]] == ["s2_jax"]
+    assert groups[0][0].case.length == 1 << 20
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        TINY,
+        Case(1000, heads=8, kv_heads=2, head_dim=32, local_blocks=3, stride=8),
+        Case(997, heads=6, kv_heads=6, head_dim=32, local_blocks=1, stride=5, block_size=16),
+    ],
+    ids=["tiny", "grouped", "odd"],
+)
+def test_operations_are_the_patterns_own(case):
+    numbers = (case.heads, case.length, case.length, case.kv_heads)
+    assert case.flops == case.pattern.flops(*numbers, head_dim=case.head_dim)
+    dense = s2_jax.dense(block_size=64).flops(*numbers, head_dim=case.head_dim)
+    assert case.theoretical_speedup == dense / case.flops
+
+
+# The parent and its workers.
+
+
+@pytest.fixture
+def measure(monkeypatch, tmp_path):
+    """Runs fakes on given cases: returns the result, and what they were asked, in order."""
+
+    def measured(cases, frameworks, timeouts=None, **settings):
+        for name in frameworks:
+            packages = ("no_such_package_anywhere",) if name == "flex" else ()
+            fake = dataclasses.replace(
+                FRAMEWORKS[name], module="tests.fake_framework", packages=packages
+            )
+            monkeypatch.setitem(FRAMEWORKS, name, fake)
+        monkeypatch.setitem(SUITES, "main", Suite(frameworks, (96,), lambda n: cases))
+        monkeypatch.setattr(report, "gpu_clock", lambda: 1980)
+        monkeypatch.setenv("FAKE_LOG", str(tmp_path / "log"))
+        (tmp_path / "log").write_text("")
+        out = tmp_path / "out" / "result.json"
+        chosen = Settings(("main",), frameworks=frameworks, out=out, **settings)
+        result = run(chosen, GPU, timeouts)
+        assert json.loads(out.read_text()) == json.loads(json.dumps(result))
+        return result, (tmp_path / "log").read_text().splitlines()
+
+    return measured
+
+
+def errors(result, name="s2_jax"):
+    return {row["stride"]: row["error"] for row in result["rows"] if row["framework"] == name}
+
+
+def test_rounds_visit_the_frameworks_in_turn_after_all_have_prepared(measure):
+    _, log = measure(patterns(16, 32), ("s2_jax", "flash2", "dkernel"), rounds=3)
+    prepared, timed, cleared = log[:5], log[5:-3], log[-3:]
+    assert {line.split()[0] for line in prepared} == {"prepare"}
+    turn = ["flash2 96 None", "s2_jax 96 16", "dkernel 96 16", "s2_jax 96 32", "dkernel 96 32"]
+    assert timed == [f"round {one}" for one in turn] * 3
+    assert {line.split()[0] for line in cleared} == {"clear"}
+
+
+def test_a_worker_that_crashes_or_fills_the_memory_loses_that_case_alone(measure):
+    cases = patterns(16, CRASHES, FULL, UNSUPPORTED)
+    result, _ = measure(cases, ("s2_jax", "dkernel"), rounds=2)
+    assert errors(result) == {
+        16: None,
+        CRASHES: "prepare: exit code 11: Segmentation fault, or so",
+        FULL: "prepare: MemoryError: RESOURCE_EXHAUSTED: Out of memory",
+        UNSUPPORTED: "not supported: this stride",
+    }
+    assert set(errors(result, "dkernel").values()) == {None}
+    times = {(r["framework"], r["stride"]): r["forward_ms"] for r in result["rows"]}
+    assert times["s2_jax", 16] == 1.0
+    assert times["s2_jax", CRASHES] is None
+    assert times["dkernel", CRASHES] == 1.0
+    assert result["frameworks"] == {"s2_jax": "ok", "dkernel": "ok"}
+
+
+def test_one_that_hangs_is_stopped_and_one_that_ends_between_rounds_is_started_again(measure):
+    cases = patterns(16, HANGS, CRASHES_LATER)
+    short = Timeouts(ready=30, prepare=3)
+    result, log = measure(cases, ("s2_jax",), short, rounds=2)
+    found = errors(result)
+    assert found[16] is None
+    assert found[HANGS] == "prepare: no answer within 3 s"
+    assert found[CRASHES_LATER].startswith("round: exit code 12")
+    assert log.count("round s2_jax 96 16") == 2
+
+
+def test_a_framework_that_hangs_twice_is_given_up(measure):
+    cases = [dataclasses.replace(TINY, local_blocks=n, stride=HANGS) for n in (1, 2)]
+    short = Timeouts(ready=30, prepare=1)
+    result, _ = measure([*cases, *patterns(16)], ("s2_jax",), short, rounds=1)
+    gone = "given up, it hung 2 times: no answer within 1 s"
+    assert result["frameworks"]["s2_jax"] == gone
+    assert errors(result)[16] == gone
+
+
+def test_what_is_absent_or_broken_is_said_and_has_no_rows(measure):
+    result, _ = measure(patterns(16), ("s2_jax", "tokamax", "flex"), rounds=1)
+    assert result["frameworks"] == {
+        "s2_jax": "ok",
+        "tokamax": "not usable: ImportError: no such GPU library",
+        "flex": "not installed: no_such_package_anywhere",
+    }
+    assert {row["framework"] for row in result["rows"]} == {"s2_jax"}
+
+
+def test_a_spent_budget_drops_rounds_then_shapes(measure):
+    longer = [dataclasses.replace(TINY, length=192, stride=SLOW), TINY]
+    result, log = measure(longer, ("s2_jax",), rounds=9, budget_s=0.5)
+    assert [line for line in log if line.startswith("round")] == [f"round s2_jax 192 {SLOW}"] * 2
+    assert result["not_measured"] == ["1 x 96 tokens, 2 x 16"]
+    assert "not measured, the budget was spent: 1 x 96 tokens" in report.tables(result)
+
+
+def test_large_shapes_keep_no_inputs(measure, monkeypatch):
+    monkeypatch.setattr(attention, "LARGE_BYTES", TINY.io_bytes("train"))
+    _, log = measure([TINY], ("s2_jax", "dkernel"), rounds=1)
+    assert [line.split()[:2] for line in log[-6:-2]] == [
+        ["round", "s2_jax"], ["forget", "s2_jax"], ["round", "dkernel"], ["forget", "dkernel"],
+    ]  # fmt: skip
+
+
+def test_large_shapes_cap_the_memory_of_jax():
+    large = [Item("s2_jax", Case(131072))]
+    small = [Item("s2_jax", Case(8192))]
+    fractions = [
+        float(attention.environment_of(items, GPU, "")["XLA_PYTHON_CLIENT_MEM_FRACTION"])
+        for items in (large, small)
+    ]
+    assert fractions == pytest.approx([(1.3 * 8 + 2) * 1024 / 80000, 0.95], abs=1e-3)
+    assert (
+        large[0].case.io_bytes("train") >= attention.LARGE_BYTES > small[0].case.io_bytes("train")
+    )
+
+
+# The measuring code of JAX, on the CPU.
+
+
+def test_the_jax_worker_measures_the_reference(measure, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    framework = FRAMEWORKS["reference"]
+    monkeypatch.setattr(dataclasses, "replace", lambda one, **_: one)  # no fake
+    result, _ = measure([TINY], ("reference",), rounds=2)
+    assert FRAMEWORKS["reference"] is framework
+    (row,) = result["rows"]
+    assert row["error"] is None
+    for mode in MODES:
+        assert row[f"{mode}_rounds"] == 2
+        assert row[f"{mode}_min_ms"] <= row[f"{mode}_ms"] <= row[f"{mode}_max_ms"]
+        assert row[f"{mode}_clock"] == "wall"
+        assert row[f"{mode}_memory_ratio"] >= 1 - 1 / 8  # train returns no output
+        assert row[f"{mode}_compile_s"] > 0
+        assert row[f"{mode}_trace_lower_s"] > 0
+    assert row["train_ms"] > row["forward_ms"]
+
+
+@pytest.mark.parametrize("change", [{"documents": 4}, {"padded": True, "batch": 3}], ids=str)
+def test_masked_cases_run(change):
+    case = dataclasses.replace(TINY, **change)
+    session = Session("reference")
+    session.prepare(case)
+    times = session.round(case)
+    assert all(times[mode]["seconds"] > 0 for mode in MODES)
+    session.clear()
+
+
+def test_results_that_are_not_finite_are_an_error():
+    session = Session("reference")
+    session.prepare(TINY)
+    session.round(TINY)
+    (shape, (inputs, *rest)) = session._inputs
+    session._inputs = shape, ((inputs[0] * np.nan, *inputs[1:]), *rest)
+    session._programs[TINY]["forward"]._seconds = None
+    with pytest.raises(FloatingPointError):
+        session.round(TINY)
+
+
+def line(name, *spans):
+    events = [SimpleNamespace(start_ns=a, duration_ns=b - a) for a, b in spans]
+    return SimpleNamespace(name=name, events=events)
+
+
+def test_a_traced_call_lasts_from_its_first_kernel_to_its_last():
+    host = SimpleNamespace(name="/host:CPU", lines=[line("Stream of words", (0, 900))])
+    streams = [
+        line("Stream #7(Compute)", (10, 20), (30, 50), (70, 90)),
+        line("Stream #9", (80, 95)),
+    ]
+    gpu = SimpleNamespace(name="/device:GPU:0", lines=[*streams, line("XLA Modules", (0, 99))])
+    assert traced_seconds([host, gpu], calls=2) == pytest.approx((40 + 25) / 2 * 1e-9)
+    assert traced_seconds([host, gpu], calls=3) == pytest.approx((10 + 20 + 25) / 3 * 1e-9)
+    assert traced_seconds([host, gpu], calls=5) is None
+    assert traced_seconds([host], calls=1) is None
+
+
+# Rows, text and pictures.
+
+
+def item(name, case, forward, train, size=None):
+    rounds = [
+        {mode: {"seconds": ms / 1e3, "clock": "cuda-events"} for mode, ms in zip(MODES, pair)}
+        for pair in zip(forward, train)
+    ]
+    facts = {mode: {"bytes": size} for mode in MODES} if size else {}
+    return Item(name, case, ["main"], facts, rounds)
+
+
+def test_the_arithmetic_of_a_row():
+    case = Case(1024, batch=2, heads=4, kv_heads=2, head_dim=64, local_blocks=4, stride=8)
+    row = row_of(item("s2_jax", case, (3.0, 1.0, 2.0), (7.0, 9.0, 8.0), size=2**22))
+    assert (row["forward_ms"], row["forward_min_ms"], row["forward_max_ms"]) == (2.0, 1.0, 3.0)
+    assert row["backward_ms"] == 6.0
+    flops = 2 * case.pattern.flops(4, 1024, 1024, 2, head_dim=64)
+    assert row["forward_tflops"] == pytest.approx(flops / 2e-3 / 1e12)
+    assert row["backward_tflops"] == pytest.approx(2.5 * flops / 6e-3 / 1e12)
+    assert row["train_tflops"] == pytest.approx(3.5 * flops / 8e-3 / 1e12)
+    size = 2 * 1024 * 64 * 2 * (4 + 2 + 2 + 4)  # batch, tokens, numbers, bytes, heads
+    assert row["forward_gb_s"] == pytest.approx(size / 2e-3 / 1e9)
+    assert row["forward_memory_ratio"] == pytest.approx(2**22 / size)
+    assert row["train_memory_ratio"] == pytest.approx(2**22 / size / 2)
+
+
+def paper_rows():
+    """At the paper's length FlashAttention-2 takes 280 ms, and s2_jax what gives its shares."""
+    rows = []
+    for heads, stride in ((32, 16), (32, 32), (64, 64)):
+        case = Case(131072, heads=heads, kv_heads=heads, local_blocks=8, stride=stride)
+        rows.append(row_of(item("flash2", case.shape, (280.0,), (1000.0,))))
+        ms = 280 / (0.5 * case.theoretical_speedup)
+        rows.append(row_of(item("s2_jax", case, (ms,), (3 * ms,))))
+    return [{"suite": "main"} | row for row in rows]
+
+
+def result_of(rows):
+    return {
+        "gpu": GPU, "frameworks": {"s2_jax": "ok"}, "not_measured": [], "rows": rows,
+        "settings": {},
+    }  # fmt: skip
+
+
+def test_the_share_of_the_theoretical_speedup():
+    found = shares(paper_rows(), "forward")
+    assert set(found) == {1, 3, 5}
+    assert list(found.values()) == pytest.approx([0.5] * 3)
+
+
+def test_tables_name_ratios_failures_and_clocks():
+    case = Case(2048, local_blocks=8, stride=16)
+    rows = [
+        row_of(item("s2_jax", case, (2.0,), (5.0,))),
+        row_of(item("flash2", case.shape, (3.0,), (8.0,))),
+        row_of(Item("dkernel", case, error="not supported: this")),
+        row_of(Item("flex", case, error="round: no answer within 9 s")),
+    ]
+    rows[0]["forward_clock_why"] = "profiler: none"
+    text = report.tables(result_of([{"suite": "main"} | row for row in rows]))
+    forward, train = (one for one in text.splitlines() if one.startswith("1 x 2048 tokens"))
+    assert forward.split()[-5:] == ["2.00", "3.00", "(1.50x)", "failed", "n/s"]
+    assert train.split()[-5:] == ["5.00", "8.00", "(1.60x)", "failed", "n/s"]
+    assert "flex on 1 x 2048 tokens, 32 x 128, (8, 16) of 64: round: no answer within 9 s" in text
+    assert "s2_jax: profiler: none; wall clock instead" in text
+
+
+def test_pictures_of_a_result(tmp_path):
+    path = tmp_path / "result.json"
+    path.write_text(json.dumps(result_of(paper_rows())))
+    result = plots.load((path,))
+    times = plots.series(result["rows"], "forward", (8, 16))
+    assert [tokens for tokens, _ in times["s2_jax"]] == [131072]
+    bars = plots.share_bars(result["rows"], "forward")
+    assert list(bars["s2_jax"].values()) == pytest.approx([0.5] * 3)
+    assert len(plots.draw(result, (8, 16)).axes) == 2
+    assert plots.draw_shares(result) is not None
+
+
+def test_pictures_of_an_older_result():
+    path = Path(plots.__file__).parent / "results" / "h200-attention.json"
+    result = plots.load((path,))
+    assert len(plots.series(result["rows"], "train", (8, 16))["s2_jax"]) == 3
+    bars = plots.share_bars(result["rows"], "forward")
+    assert 1.0 < bars["s2_jax"][64, 8, 16] < 1.5
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"suites": ()}, "suites must name at least one"),
+        ({"frameworks": ()}, "frameworks must name at least one"),
+        ({"rounds": 0}, "rounds=0 must be positive"),
+        ({"budget_s": float("nan")}, "budget_s=nan must be positive"),
+        ({"lengths": (0,)}, r"lengths=\(0,\) must be positive"),
+        ({"suites": ("million",), "lengths": (64,)}, "nothing to measure"),
+    ],
+    ids=str,
+)
+def test_settings_that_are_refused(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        Settings(**wrong)
+
+
+def test_a_machine_without_a_gpu_is_an_error(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["attention"])
+    monkeypatch.setattr(report, "find_gpu", lambda: None)
+    with pytest.raises(SystemExit, match="2"):
+        attention.main()
+    assert "error: no NVIDIA GPU" in capsys.readouterr().err
