@@ -184,7 +184,6 @@ def dq(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Arr
         out_shape=[jax.ShapeDtypeStruct(query.shape, query.dtype)],
         tile=settings.tiles.dq,
         launcher=settings.launcher,
-        gathers=lists.group > 1,
     )  # fmt: skip
     return (gradient,)
 
@@ -223,6 +222,5 @@ def dkv(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Ar
         ],
         tile=settings.tiles.dkv,
         launcher=settings.launcher,
-        gathers=lists.group > 1,
     )  # fmt: skip
     return dk, dv

@@ -119,6 +119,5 @@ def forward(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[ja
         ],
         tile=settings.tiles.forward,
         launcher=settings.launcher,
-        gathers=lists.group > 1,
     )  # fmt: skip
     return out, lse

@@ -93,21 +93,14 @@ def call_kernel(
     out_shape: Sequence[jax.ShapeDtypeStruct],
     tile: Tile,
     launcher: Launcher,
-    gathers: bool,
 ) -> Sequence[jax.Array]:
-    """Runs a kernel over a grid, by the launcher asked for.
-
-    gathers: a tile that it walks is put together from several units.
-    """
+    """Runs a kernel over a grid, by the launcher asked for."""
     operands = vary_alike(operands)
     varying = jax.typeof(operands[0]).manual_axis_type
     out_shape = [
         jax.ShapeDtypeStruct(out.shape, out.dtype, manual_axis_type=varying) for out in out_shape
     ]
-    stages = tile.num_stages
-    if launcher == "jax_triton" and gathers:
-        stages = 1  # Triton 3.6 makes wrong results of the pipelined loop over gathered units
-    parameters = plgpu.CompilerParams(num_warps=tile.num_warps, num_stages=stages)
+    parameters = plgpu.CompilerParams(num_warps=tile.num_warps, num_stages=tile.num_stages)
     call = pl.pallas_call(
         kernel,
         grid=grid,

@@ -23,6 +23,13 @@ def small_tiles(block_q: int = 32, block_kv: int = 32) -> TileConfig:
     return TileConfig(forward=tile, dq=tile, dkv=tile)
 
 
+def unrolled_tiles(unroll: int) -> TileConfig:
+    """Tiles of which forward and dq take several in a turn of their loop."""
+    tile = Tile(32, 16, num_warps=4, num_stages=2)
+    several = dataclasses.replace(tile, unroll=unroll)
+    return TileConfig(forward=several, dq=several, dkv=tile)
+
+
 SMALL_TILES = small_tiles()
 
 

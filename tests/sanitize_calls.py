@@ -73,7 +73,7 @@ def read_past_the_end(implementation: str) -> jax.Array:
         [out] = call_kernel(
             kernel, [array], name="s2_attention_planted_fault", grid=(1,), in_specs=[whole],
             out_specs=[whole], out_shape=[jax.ShapeDtypeStruct((64,), jnp.float32)],
-            tile=Tile(64, 64), gathers=False,
+            tile=Tile(64, 64),
             launcher="jax_triton" if implementation == "jax_triton" else "pallas",
         )  # fmt: skip
         return out

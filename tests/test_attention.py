@@ -7,7 +7,7 @@ import pytest
 
 import s2_jax
 from s2_jax import Tile, TileConfig
-from tests.calls import AttentionCall, check, small_tiles
+from tests.calls import AttentionCall, check, small_tiles, unrolled_tiles
 
 S2_16 = s2_jax.local_stride(2, 3, block_size=16)
 RANDOM_MASK = np.random.default_rng(7).random((4, 14, 14)) < 0.3
@@ -48,6 +48,32 @@ CALLS = {
     "merge-q-8": AttentionCall(S2_16, q_len=203, kv_len=203, tiles=small_tiles(128, 16)),
     "gathered-keys": AttentionCall(S2_16, q_len=203, kv_len=203, tiles=small_tiles(16, 64)),
     "merge-and-gather": AttentionCall(S2_16, q_len=331, kv_len=331, tiles=small_tiles(64, 64)),
+    "gathered-columns": AttentionCall(
+        s2_jax.local_stride(2, 4, block_size=16), q_len=1100, kv_len=1091, tiles=small_tiles(32, 64)
+    ),
+    "gathered-columns-gqa": AttentionCall(
+        s2_jax.local_stride(1, 3, block_size=16),
+        q_len=811,
+        kv_len=811,
+        heads=4,
+        kv_heads=2,
+        tiles=small_tiles(16, 64),
+    ),
+    "two-tiles-a-turn": AttentionCall(S2_16, q_len=331, kv_len=331, tiles=unrolled_tiles(2)),
+    "three-tiles-a-turn": AttentionCall(
+        S2_16, q_len=71, kv_len=149, batch=2, query_offset=(5, 78), tiles=unrolled_tiles(3)
+    ),
+    # Most of a row's weight lies in tiles that are taken in after its peak is pinned. (In float32
+    # the backward pass would show the rounding of so large an LSE.)
+    "beyond-the-peak": AttentionCall(
+        S2_16, q_len=331, kv_len=331, scale=12.0, dtype="bfloat16", tiles=unrolled_tiles(2)
+    ),
+    "beyond-the-peak-float16": AttentionCall(
+        S2_16, q_len=331, kv_len=331, scale=12.0, dtype="float16"
+    ),
+    "below-the-peak": AttentionCall(
+        s2_jax.dense(block_size=16), scale=-12.0, kv_len=160, query_offset=63, dtype="bfloat16"
+    ),
     "dilated": AttentionCall(s2_jax.dilated_stride(3, block_size=16)),
     "sink": AttentionCall(
         s2_jax.local(2, block_size=16) | s2_jax.sink(1, block_size=16), q_len=163, kv_len=163
