@@ -125,11 +125,11 @@ def _ampere(head_dim: int, itemsize: int, q_len: int) -> TileConfig:
 
 
 def _float32(head_dim: int) -> TileConfig:
-    """IEEE products run on the ordinary cores and hold much in registers: small tiles."""
+    """IEEE products run on the ordinary cores: small tiles. With one stage, and head dims over 64,
+    whole rows would stay in registers, and spill.
+    """
     if head_dim > 64:
-        small = Tile(16, 16, num_warps=8, num_stages=1)
-        # With one stage, dq keeps whole rows of a head dim of 256 in registers, and spills.
-        dq = small if head_dim <= 128 else Tile(16, 16, num_warps=8, num_stages=2)
-        return TileConfig(forward=Tile(16, 32, num_warps=8, num_stages=1), dq=dq, dkv=small)
+        small = Tile(16, 16, num_warps=8, num_stages=2)
+        return TileConfig(forward=Tile(16, 32, num_warps=8, num_stages=2), dq=small, dkv=small)
     tile = Tile(16, 32, num_warps=4, num_stages=1)
     return TileConfig(forward=Tile(32, 32, num_warps=8, num_stages=1), dq=tile, dkv=tile)
