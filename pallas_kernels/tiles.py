@@ -64,6 +64,7 @@ def pick_tiles(
     q_len: int,
     block_size: int = 64,
     gathers: bool = True,
+    cut_short: bool = False,
     compute_capability: int = 90,
 ) -> TileConfig:
     """The tiles for a call.
@@ -72,6 +73,7 @@ def pick_tiles(
       head_dim: the larger of the two head dims.
       itemsize: bytes an element: 2 or 4.
       q_len: query tokens in a row; short rows want small tiles to fill the GPU.
+      cut_short: segments leave each query only few of the keys.
       block_size: of the pattern.
       gathers: whether a key tile of dk/dv can be put together from columns that the same queries
         see. Otherwise it is no larger than a block: it would walk, masked, the queries of all its
@@ -79,7 +81,7 @@ def pick_tiles(
       compute_capability: 80, 86, 89, 90, 100, ...
     """
     pick = {90: _hopper, 100: _blackwell, 103: _blackwell}.get(compute_capability, _ampere)
-    tiles = pick(head_dim, itemsize, q_len)
+    tiles = pick(head_dim, itemsize, min(q_len, 4096) if cut_short else q_len)
     if gathers:
         return tiles
     dkv = dataclasses.replace(tiles.dkv, block_kv=min(tiles.dkv.block_kv, block_size))

@@ -110,7 +110,7 @@ class AttentionCall:
         queries = [row[start : start + self.q_len] for row, start in zip(table, self.offsets)]
         return np.stack(queries), table[:, : self.kv_len]
 
-    def masks(self) -> dict[str, jax.Array]:
+    def masks(self) -> dict[str, np.ndarray]:
         """The arguments of `s2_attention` that are arrays and hide tokens."""
         found = {}
         if self.segments is not None:
@@ -122,7 +122,7 @@ class AttentionCall:
             found["query_seq_lengths"] = np.asarray(self.query_lengths, np.int32)
         if self.kv_lengths is not None:
             found["key_value_seq_lengths"] = np.asarray(self.kv_lengths, np.int32)
-        return {name: jnp.asarray(array) for name, array in found.items()}
+        return found
 
     @property
     def static(self) -> AttentionCall:
@@ -140,12 +140,17 @@ class AttentionCall:
     def traced(self) -> bool:
         return isinstance(self.query_offset, tuple)
 
-    def run(self, implementation: str | None, **changes: np.ndarray) -> dict[str, np.ndarray]:
-        """Output, LSE and the gradients of query, key and value; `changes` replace inputs."""
+    def run(
+        self, implementation: str | None, place: Any = jnp.asarray, **changes: np.ndarray
+    ) -> dict[str, np.ndarray]:
+        """Output, LSE and the gradients of query, key and value.
+
+        place: makes JAX arrays of NumPy's. changes: replace inputs.
+        """
         inputs = self.inputs() | changes
-        offset = jnp.asarray(self.offsets, jnp.int32)
+        offset = np.asarray(self.offsets, np.int32)
         program = _program(self.static, self.traced, implementation)
-        results = program(inputs, offset, self.masks())
+        results = program(*jax.tree.map(place, (inputs, offset, self.masks())))
         return dict(zip(RESULTS, map(np.asarray, results), strict=True))
 
     def attend(self, implementation: str | None, query, key, value, offset, masks) -> Any:

@@ -73,7 +73,11 @@ class Outcome:
 
 def run_job(job: Job) -> Outcome:
     flags = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
-    environment = os.environ | {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform", "XLA_FLAGS": flags}
+    environment = os.environ | {
+        "XLA_PYTHON_CLIENT_ALLOCATOR": "platform",
+        "XLA_FLAGS": flags,
+        "PYTORCH_NO_CUDA_MEMORY_CACHING": "1",
+    }
     start = time.perf_counter()
     with tempfile.TemporaryFile("w+", errors="replace") as output:
         process = subprocess.Popen(
