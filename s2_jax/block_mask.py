@@ -42,6 +42,9 @@ class BlockMask(Pattern):
         if head.ndim == 0 and q_block.ndim == 2 and q_block.shape[1] == kv_block.shape[0] == 1:
             rows = self.mask[head].take(q_block[:, 0], axis=0, mode="clip")
             return rows.take(kv_block[0], axis=1, mode="clip")
+        if head.ndim == 0 and kv_block.ndim == 2 and kv_block.shape[1] == q_block.shape[0] == 1:
+            columns = self.mask[head].take(kv_block[:, 0], axis=1, mode="clip")
+            return np.ascontiguousarray(columns.take(q_block[0], axis=0, mode="clip").T)
         last = (limit - 1 for limit in self.shape)
         return self.mask[tuple(map(np.minimum, (head, q_block, kv_block), last))]
 

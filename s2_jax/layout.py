@@ -274,15 +274,14 @@ class _Seen:
         walk_start, walk_stop = geometry.walk_range
         block = units * geometry.unit // size
         first, last = units * geometry.unit, (units + 1) * geometry.unit - 1
-        full = np.ones(np.broadcast_shapes((len(begins), 1), units.shape), dtype=bool)
-        some = np.zeros(full.shape, dtype=bool)
-        bits = np.zeros(full.shape, dtype=np.uint8)
+        shape = np.broadcast_shapes((len(begins), 1), units.shape)
+        fulls, somes, masks = [], [], []  # of each row
         for row in range(geometry.rows):
             begin = begins[:, row, None]
             q, kv = (begin // size, block) if geometry.fixed == "q" else (block, begin // size)
             counts = (begin < fixed_stop) & (begin + geometry.part > fixed_start)
-            sees = np.ones(full.shape, bool) if rule is None else rule.visible(heads, q, kv)
-            all_see = any_sees = sees
+            sees = np.ones(shape, bool) if rule is None else rule.visible(heads, q, kv)
+            all_see = any_sees = seen = np.broadcast_to(sees, shape)
             if window is not None:
                 low = np.maximum(begin, fixed_start)
                 high = np.minimum(begin + geometry.part, fixed_stop) - 1
@@ -292,10 +291,16 @@ class _Seen:
                 whole, part = _in_window(window, causal, queries, keys)
                 join = np.logical_or if window.adds else np.logical_and
                 all_see, any_sees = join(sees, whole), join(sees, part)
-            full &= all_see | ~counts
-            some |= any_sees & counts
-            bits |= (sees & any_sees & counts).view(np.uint8) << np.uint8(row)
-        full &= (first >= walk_start) & (last < walk_stop)
+                seen = sees & any_sees
+            if not counts.all():
+                all_see, any_sees, seen = all_see | ~counts, any_sees & counts, seen & counts
+            fulls.append(all_see)
+            somes.append(any_sees)
+            masks.append(seen.view(np.uint8) << np.uint8(row) if row else seen.view(np.uint8))
+        full = functools.reduce(np.logical_and, fulls)
+        some = functools.reduce(np.logical_or, somes)
+        bits = functools.reduce(np.bitwise_or, masks)
+        full = full & ((first >= walk_start) & (last < walk_stop))
         reached = (last >= walk_start) & (first < walk_stop)
         if causal:
             low, high = (ends[:, None] for ends in _first_and_last(geometry, begins))
