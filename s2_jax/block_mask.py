@@ -44,7 +44,7 @@ class BlockMask(Pattern):
             return rows.take(kv_block[0], axis=1, mode="clip")
         if head.ndim == 0 and kv_block.ndim == 2 and kv_block.shape[1] == q_block.shape[0] == 1:
             columns = self.mask[head].take(kv_block[:, 0], axis=1, mode="clip")
-            return np.ascontiguousarray(columns.take(q_block[0], axis=0, mode="clip").T)
+            return _transposed(columns.take(q_block[0], axis=0, mode="clip"))
         last = (limit - 1 for limit in self.shape)
         return self.mask[tuple(map(np.minimum, (head, q_block, kv_block), last))]
 
@@ -110,3 +110,11 @@ def block_mask(mask: Any, *, block_size: int = 64, causal: bool = True) -> Patte
         block_size=block_size,
         causal=causal,
     )
+
+
+def _transposed(array: np.ndarray) -> np.ndarray:
+    """`array.T`, copied by columns that lie in a cache line: several times as fast."""
+    turned = np.empty(array.shape[::-1], array.dtype)
+    for start in range(0, array.shape[1], 64):
+        turned[start : start + 64] = array[:, start : start + 64].T
+    return turned
