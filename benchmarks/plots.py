@@ -16,7 +16,7 @@ import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.cases import FRAMEWORKS, MODES, Case, Mode
+from benchmarks.cases import FRAMEWORKS, MODES, Mode
 from benchmarks.rows import pattern_key, shares
 
 _TITLES: dict[Mode, str] = {"forward": "forward", "train": "forward and backward"}
@@ -45,18 +45,8 @@ class Settings:
 
 
 def load(paths: tuple[Path, ...]) -> dict[str, Any]:
-    """The first result with the rows of all; older files get the fields that they lack."""
+    """The first result, with the rows of all."""
     results = [json.loads(path.read_text()) for path in paths]
-    for result in results:
-        settings = result["settings"]
-        usual = dataclasses.asdict(Case(0)) | {
-            name: settings[name]
-            for name in ("batch", "heads", "kv_heads", "head_dim") if name in settings
-        }  # fmt: skip
-        result["rows"] = [{"suite": "main"} | usual | row for row in result["rows"]]
-        for row in result["rows"]:
-            case = Case(**{name: row[name] for name in usual})
-            row.setdefault("theoretical_speedup", case.theoretical_speedup)
     return results[0] | {"rows": [row for result in results for row in result["rows"]]}
 
 
@@ -132,7 +122,8 @@ def draw_shares(result: dict[str, Any]) -> Figure | None:
         axes.set_xlim(-0.5, len(_PAPER) - 0.5)
         axes.axhline(1, color="black", linewidth=0.5)
         axes.set(ylabel="share", title=_TITLES[mode])
-        axes.legend(fontsize="small")
+        axes.set_ylim(top=1.35 * axes.get_ylim()[1])
+        axes.legend(fontsize="small", ncols=3, loc="upper center")
     figure.suptitle(
         f"{result['gpu']['name']}, {_PAPER_LENGTH} tokens: share of the theoretical speed-up "
         "over FlashAttention-2"

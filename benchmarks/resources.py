@@ -5,7 +5,7 @@ where a kernel spills, takes more shared memory than the GPU has, or misses Hopp
 
 The assembler also moves a few registers of its own accord to memory where that lets one more
 program run on a multiprocessor (it then stops at 64, 80, 96, 128 or 168): up to 64 bytes of a
-kernel with registers to spare are no fault. Two tiles of Hopper spill and are kept: they were
+kernel with registers to spare are no fault. One tile of Hopper spills and is kept: it was
 measured to be faster than all that do not (MEASURED_FASTER).
 """
 
@@ -32,8 +32,8 @@ SHARED_LIMITS = {
 }
 MAX_REGISTERS = 255
 TRADED_BYTES = 64
-# These spill (outside of the loops where tiles divide the lengths), and were measured faster than
-# every tile that does not: benchmarks/results/h200-tune.json.
+# Spills a little in some calls (not where tiles divide the lengths), and was measured faster than
+# every tile that never does: benchmarks/results/h100-tune.json.
 MEASURED_FASTER: set[tuple[int, str, Tile]] = {
     (90, "dkv", Tile(64, 64, 4, 2)),
 }

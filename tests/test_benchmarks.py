@@ -349,12 +349,11 @@ def test_pictures_of_a_result(tmp_path):
     assert plots.draw_shares(result) is not None
 
 
-def test_pictures_of_an_older_result():
-    path = Path(plots.__file__).parent / "results" / "h200-attention.json"
-    result = plots.load((path,))
-    assert len(plots.series(result["rows"], "train", (8, 16))["s2_jax"]) == 3
-    bars = plots.share_bars(result["rows"], "forward")
-    assert 1.0 < bars["s2_jax"][64, 8, 16] < 1.5
+def test_pictures_of_the_committed_results():
+    folder = Path(plots.__file__).parent / "results"
+    result = plots.load((folder / "h100-attention.json", folder / "h100-attention-flex.json"))
+    assert {"s2_jax", "flex", "dkernel"} <= set(plots.series(result["rows"], "train", (8, 16)))
+    assert len(plots.share_bars(result["rows"], "forward")["s2_jax"]) == 3
 
 
 @pytest.mark.parametrize(
