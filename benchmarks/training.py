@@ -20,7 +20,7 @@ from models import HybridConfig, ModelConfig
 from train.config import TrainConfig
 from train.data import load_data
 from train.parallel import make_program
-from train.step import init_state, make_optimizer
+from train.step import make_optimizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +51,9 @@ def losses(options: Options, implementation: Literal["triton", "reference"]) -> 
         ),
     )
     optimizer = make_optimizer(config.optimizer, config.steps)
-    graphdef, state = init_state(config.model, optimizer, config.seed)
-    program = make_program("jit", graphdef, optimizer)
-    rows, state, out = load_data(config).train, program.place(state), []
+    program = make_program(config, optimizer)
+    state = program.init(config.seed)
+    rows, out = load_data(config).train, []
     for _ in range(config.steps):
         state, metrics = program.train_step(state, next(rows))
         out.append(metrics.loss)

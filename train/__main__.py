@@ -12,6 +12,7 @@ from rich.console import Console
 from models.presets import PRESETS
 from train.config import TrainConfig
 from train.loop import prepare, train
+from train.stop import Stopped
 
 
 def parse(arguments: list[str]) -> TrainConfig:
@@ -46,9 +47,10 @@ def main() -> None:
         sys.exit(2)
     try:
         train(run, console)
-    except KeyboardInterrupt:
-        console.print(f"stopped; --resume --out {run.folder.root} continues", markup=False)
-        sys.exit(130)
+    except (KeyboardInterrupt, Stopped) as stop:
+        what = str(stop) or "stopped"
+        console.print(f"{what}; --resume --out {run.folder.root} continues", markup=False)
+        sys.exit(143 if isinstance(stop, Stopped) else 130)
 
 
 if __name__ == "__main__":

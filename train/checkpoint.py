@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 
 from train.step import TrainState
-
-_KEEP = 3
 
 
 class Checkpoints:
     """A folder of checkpoints, numbered by step; a context manager.
 
-    A checkpoint holds the state (step, parameters, optimiser, key) as host arrays, so that it is
-    the same whatever devices it was made on, and the position in the data as JSON.
+    A checkpoint holds the state (step, parameters, optimiser, key), which can be read onto any
+    other number of devices, and the position in the data as JSON. It is written while training goes
+    on, and counts only once it is whole; leaving the context waits for it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        options = ocp.CheckpointManagerOptions(max_to_keep=_KEEP, enable_async_checkpointing=False)
+    def __init__(self, folder: Path, keep: int = 3) -> None:
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
         self._manager = ocp.CheckpointManager(folder.resolve(), options=options)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._manager.wait_until_finished()
         self._manager.close()
+
+    @property
+    def last(self) -> int | None:
+        return self._manager.latest_step()
 
     def save(self, state: TrainState, position: dict[str, Any], fingerprint: str) -> None:
         """`position` is where the data stands, `fingerprint` which data it is."""
@@ -43,26 +48,64 @@ class Checkpoints:
 
     def check_data(self, fingerprint: str) -> None:
         """Raises ValueError without a checkpoint, or where the last one is from other data."""
-        args = ocp.args.Composite(data=ocp.args.JsonRestore())
-        if self._manager.restore(self._last(), args=args).data["fingerprint"] != fingerprint:
+        for step in self._steps():
+            try:
+                data = self._manager.restore(
+                    step, args=ocp.args.Composite(data=ocp.args.JsonRestore())
+                ).data
+                if data["fingerprint"] == fingerprint:
+                    return
+            except Exception:  # damage may show in any way; `restore` says so
+                continue
             raise ValueError(
                 "data: the text has changed since the run was started, so it cannot be resumed"
             )
-
-    def restore(self, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """State, of the structure of `like`, and data position of the last checkpoint."""
-        template = jax.tree.map(np.asarray, like)
-        args = ocp.args.Composite(
-            state=ocp.args.StandardRestore(template), data=ocp.args.JsonRestore()
+        raise ValueError(
+            f"no checkpoint in {str(self._manager.directory)!r}, nothing to resume: start anew in "
+            "another folder"
         )
-        restored = self._manager.restore(self._last(), args=args)
-        return restored.state, restored.data["position"]
 
-    def _last(self) -> int:
-        step = self._manager.latest_step()
-        if step is None:
-            folder = str(self._manager.directory)
-            raise ValueError(
-                f"no checkpoint in {folder!r}, nothing to resume: start anew in another folder"
-            )
-        return step
+    def restore(
+        self, like: TrainState, say: Callable[[str], object]
+    ) -> tuple[TrainState, dict[str, Any]]:
+        """State and data position of the last checkpoint that is whole.
+
+        Damaged ones are put aside, which `say` is told.
+
+        Args:
+          like: arrays or `jax.ShapeDtypeStruct`s, which may say where the state is to lie.
+
+        Raises:
+          ValueError: none is whole.
+        """
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore())
+        for step in self._steps():
+            try:
+                with _quiet():
+                    restored = self._manager.restore(step, args=args)
+                    return jax.block_until_ready(restored.state), restored.data["position"]
+            except Exception as error:  # damage may show in any way
+                why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                say(f"the checkpoint of step {step} is damaged, the one before is used ({why})")
+                self._put_aside(step)
+        raise ValueError(f"no whole checkpoint is left in {str(self._manager.directory)!r}")
+
+    def _steps(self) -> list[int]:
+        """Last first."""
+        return sorted(self._manager.all_steps(), reverse=True)
+
+    def _put_aside(self, step: int) -> None:
+        if jax.process_index() == 0:
+            folder = Path(self._manager.directory)
+            (folder / str(step)).rename(folder.parent / f"damaged-checkpoint-{step}")
+        self._manager.reload()
+
+
+class _quiet:
+    """Orbax's own words on a damaged checkpoint stay out of the terminal."""
+
+    def __enter__(self) -> None:
+        logging.disable(logging.ERROR)
+
+    def __exit__(self, *_: object) -> None:
+        logging.disable(logging.NOTSET)

@@ -21,11 +21,34 @@ def _check_positive(config: Any, *names: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many devices there are along each axis of the mesh, for `jit`."""
+
+    data: int = 1
+    """Each holds all parameters and a share of the batch."""
+    fsdp: int = 1
+    """Each holds a share of the parameters and of the batch."""
+    tensor: int = 1
+    """Each holds a share of the heads and of the MLPs' hidden features."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "data", "fsdp", "tensor")
+
+    @property
+    def size(self) -> int:
+        return self.data * self.fsdp * self.tensor
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with clipped gradients; the rate warms up linearly, then falls as a cosine."""
+    """AdamW with clipped gradients; the rate warms up linearly, stays, and falls."""
 
     learning_rate: float = 3e-3
     """The rate at its peak."""
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    """After warming up the rate falls as a cosine; or it stays, and falls linearly at the end."""
+    decay: float = 0.2
+    """Share of the steps in which "wsd" falls."""
     warmup: float = 0.05
     """Share of the steps that warm up."""
     final: float = 0.1
@@ -41,7 +64,7 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         _check_positive(self, "learning_rate", "clip")
-        for name in ("warmup", "final"):
+        for name in ("warmup", "final", "decay"):
             if not 0 <= (value := getattr(self, name)) <= 1:
                 raise ValueError(f"{name}={value!r} must be a share, from 0 to 1")
         for name in ("b1", "b2"):
@@ -63,6 +86,8 @@ class ReportConfig:
     """Batches of an evaluation, spread evenly over the validation files."""
     checkpoint_every: int = 100
     """Save a checkpoint; the last step always does."""
+    keep: int = 3
+    """Checkpoints that are kept, the last ones."""
     sample_bytes: int = 400
     """Length of the text generated at the end."""
     temperature: float = 0.8
@@ -70,7 +95,13 @@ class ReportConfig:
 
     def __post_init__(self) -> None:
         _check_positive(
-            self, "log_every", "eval_every", "eval_batches", "checkpoint_every", "sample_bytes"
+            self,
+            "log_every",
+            "eval_every",
+            "eval_batches",
+            "checkpoint_every",
+            "keep",
+            "sample_bytes",
         )
         if self.temperature < 0:
             raise ValueError(f"temperature={self.temperature!r} must be 0 or more")
@@ -87,11 +118,15 @@ class TrainConfig:
     resume: bool = False
     """Continue the run in --out from its last checkpoint, with the settings it was started with."""
     parallel: Literal["jit", "pmap"] = "jit"
-    """One device by jit, or all local devices, each with its share of the batch, by pmap."""
+    """By jit on the devices of the mesh, or by pmap on all local ones, which share the batch."""
+    mesh: MeshConfig = MeshConfig()
+    """Devices by axis, for jit; one by default."""
     steps: int = 1000
     """Optimiser steps."""
     batch_size: int = 16
     """Rows per step, over all devices."""
+    accumulate: int = 1
+    """Parts of the batch that a step computes one after the other, to save memory."""
     seq_len: int = 512
     """Bytes per row that are predicted."""
     seed: int = 0
@@ -104,7 +139,7 @@ class TrainConfig:
     """Reports and checkpoints."""
 
     def __post_init__(self) -> None:
-        _check_positive(self, "steps", "batch_size", "seq_len")
+        _check_positive(self, "steps", "batch_size", "accumulate", "seq_len")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed!r} must be 0 or more")
         if self.model.vocab_size != NUM_BYTES:

@@ -63,7 +63,16 @@ def check_folder(config: TrainConfig) -> RunFolder:
             f"out={str(root)!r} exists and would be overwritten: name another folder, or continue "
             "the run in it with resume=True (--resume)"
         )
+    else:
+        _check_writable(root)
     return folder
+
+
+def _check_writable(root: Path) -> None:
+    """Raises ValueError where the folder could not be made."""
+    there = next(path for path in (root, *root.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"out={str(root)!r} cannot be written: {str(there)!r} lets nobody write")
 
 
 def write_text(path: Path, text: str) -> None:

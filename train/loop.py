@@ -14,11 +14,12 @@ from train.config import ReportConfig, TrainConfig
 from train.data import Data, load_data
 from train.evaluate import bits_per_byte
 from train.folder import RunFolder, check_folder
-from train.metrics import MetricsFile
+from train.metrics import MetricsFile, Record
 from train.parallel import Program, check_devices, make_program
 from train.progress import Clock, Progress
 from train.report import Report, introduce, write_report
-from train.step import TrainState, init_state, learning_rate_schedule, make_optimizer
+from train.step import TrainState, learning_rate_schedule, make_optimizer
+from train.stop import Stopped, StopSignal
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ def prepare(config: TrainConfig) -> Run:
     Raises:
         ValueError: settings, run folder or data do not allow the run.
     """
-    check_devices(config.parallel, config.batch_size)
+    check_devices(config)
     folder = check_folder(config)
     data = load_data(config)
     if config.resume:
@@ -46,60 +47,85 @@ def prepare(config: TrainConfig) -> Run:
 
 
 def train(run: Run, console: Console) -> Report:
-    """Trains, or goes on from the last checkpoint."""
+    """Trains, or goes on from the last checkpoint that is whole.
+
+    Raises:
+        FloatingPointError: a loss or a gradient is not finite; the checkpoints before it stay.
+        Stopped: SIGTERM came; the last step has been saved.
+    """
     config, data = run.config, run.data
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    graphdef, state = init_state(config.model, optimizer, config.seed)
-    introduce(config, data, state, run.folder, console)
+    program = make_program(config, make_optimizer(config.optimizer, config.steps))
+    introduce(config, data, program.like, run.folder, console)
     if not config.resume:
         run.folder.create(config)
-    with Checkpoints(run.folder.checkpoints) as checkpoints:
+    with Checkpoints(run.folder.checkpoints, config.report.keep) as checkpoints:
         if config.resume:
-            state, position = checkpoints.restore(state)
+            restored, position = checkpoints.restore(
+                program.like, lambda line: console.print(line, highlight=False, markup=False)
+            )
+            state = program.place(restored)
             data.train.set_state(position)
-            console.print(f"resumed after step {int(state.step)}", highlight=False)
-        program = make_program(config.parallel, graphdef, optimizer)
-        state = _take_steps(run, program, state, checkpoints, console)
-    report = write_report(config, graphdef, state, data, run.folder)
+            console.print(f"resumed after step {int(restored.step)}", highlight=False)
+            start = int(restored.step)
+        else:
+            state, start = program.init(config.seed), 0
+        state = _take_steps(run, program, state, start, checkpoints, console)
+    report = write_report(config, program.graphdef, state, data, run.folder)
     report.show(console)
     return report
 
 
 def _take_steps(
-    run: Run, program: Program, state: TrainState, checkpoints: Checkpoints, console: Console
+    run: Run,
+    program: Program,
+    state: TrainState,
+    start: int,
+    checkpoints: Checkpoints,
+    console: Console,
 ) -> TrainState:
     """Takes the steps that are left; returns the last state, on the host."""
-    config, data = run.config, run.data
-    start, steps = int(state.step), config.steps
+    config, data, steps = run.config, run.data, run.config.steps
     metrics_file = MetricsFile(run.folder.metrics)
     metrics_file.keep_until(start)
     schedule = learning_rate_schedule(config.optimizer, steps)
     rates = np.asarray(schedule(jnp.arange(steps)))
     clock = Clock(config.batch_size * config.seq_len)
-    state = program.place(state)
-    with Progress(console, start=start, steps=steps) as progress:
+    with Progress(console, start=start, steps=steps) as progress, StopSignal() as stop:
         for step in range(start + 1, steps + 1):
             state, metrics = program.train_step(state, next(data.train))
             rate = float(rates[step - 1])
             metrics_file.add({"step": step, **metrics._asdict(), "learning_rate": rate})
             due = _due(config.report, step, last=steps)
+            if stop.received:
+                due = due | {"checkpoint"}
             if not due and step > start + 1:
                 continue
-            loss = metrics_file.flush()[-1]["loss"]  # waits for the step
-            if not math.isfinite(loss):
-                raise FloatingPointError(f"{loss=} at {step=}: lower the learning rate")
+            records = metrics_file.flush()  # waits for the step
+            _check_finite(records, checkpoints.last)
             clock.lap(step)
             if "log" in due:
-                progress.update(step, loss, clock.speed, clock.left(steps))
+                progress.update(step, records[-1]["loss"], clock.speed, clock.left(steps))
             if "eval" in due:
                 bits = bits_per_byte(program, state.params, data.validation)
                 metrics_file.add({"step": step, "validation": bits})
                 metrics_file.flush()
                 progress.note(f"step {step}/{steps}  validation {data.entropies.compare(bits)}")
             if "checkpoint" in due:
-                checkpoints.save(program.collect(state), data.position(), data.corpus.fingerprint)
+                checkpoints.save(program.portable(state), data.position(), data.corpus.fingerprint)
+            if stop.received and step < steps:
+                raise Stopped(f"stopped by SIGTERM after step {step}")
             clock.skip()
     return program.collect(state)
+
+
+def _check_finite(records: list[Record], saved: int | None) -> None:
+    for record in records:
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(value := record[name]):
+                kept = "no checkpoint was written" if saved is None else f"step {saved} is saved"
+                raise FloatingPointError(
+                    f"{name}={value} at step={record['step']}, {kept}: lower the learning rate"
+                )
 
 
 def _due(report: ReportConfig, step: int, *, last: int) -> set[str]:

@@ -1,4 +1,4 @@
-"""The same pure steps under `jit` on one device, or under `pmap` on all local ones."""
+"""The same pure steps under `jit` over a mesh of devices, or under `pmap` on all local ones."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from train.step import Metrics, TrainState, next_byte_loss, train_step
+from models import ModelConfig
+from train.config import TrainConfig
+from train.sharding import BATCH, check_mesh, make_mesh, shardings
+from train.step import Metrics, TrainState, abstract_state, make_state, next_byte_loss, train_step
 
 _AXIS = "devices"
 
@@ -21,50 +26,97 @@ _AXIS = "devices"
 class Program:
     """Compiled steps, and the way in and out of the devices that they run on.
 
-    `train_step` takes a placed state, which it uses up, and a batch of rows; `eval_step` a placed
-    state's parameters and a batch, for the mean loss in nats per byte. `collect` undoes `place`.
+    init: the first state, placed, from a seed. train_step: takes a placed state, which it uses up,
+    and this process' rows of a batch. eval_step: a placed state's parameters and rows, for the
+    mean loss in nats per byte. like: what a checkpoint is read as; `place` puts that on the
+    devices, and `portable` gives what is saved of a placed state. collect: the state on the host.
     """
 
+    graphdef: Any
+    init: Callable[[int], TrainState]
     train_step: Callable[[TrainState, np.ndarray], tuple[TrainState, Metrics]]
     eval_step: Callable[[Any, np.ndarray], Float[Array, ""]]
+    like: TrainState
     place: Callable[[TrainState], TrainState]
+    portable: Callable[[TrainState], TrainState]
     collect: Callable[[TrainState], TrainState]
 
 
-@cache
-def make_program(parallel: str, graphdef: Any, optimizer: optax.GradientTransformation) -> Program:
+def make_program(config: TrainConfig, optimizer: optax.GradientTransformation) -> Program:
     """Kept like `jit` keeps what it compiles: a second run of one model compiles nothing."""
-    return {"jit": _jit_program, "pmap": _pmap_program}[parallel](graphdef, optimizer)
+    if config.parallel == "pmap":
+        return _pmap_program(config.model, optimizer, config.accumulate)
+    return _jit_program(config.model, optimizer, config.accumulate, config.mesh)
 
 
-def check_devices(parallel: str, batch_size: int) -> None:
-    """Raises ValueError where the batch cannot be shared out over the devices."""
-    devices = jax.local_device_count()
-    if parallel == "pmap" and batch_size % devices:
+def check_devices(config: TrainConfig) -> None:
+    """Raises ValueError where the run cannot be shared out over the devices."""
+    if config.parallel == "jit":
+        check_mesh(config.mesh, config.model, config.batch_size, config.accumulate)
+        return
+    if config.mesh.size > 1:
+        raise ValueError("mesh is for parallel='jit': pmap takes all local devices")
+    if jax.process_count() > 1:
+        raise ValueError("parallel='pmap' is for one process; several need parallel='jit'")
+    devices, rows = jax.local_device_count(), jax.local_device_count() * config.accumulate
+    if config.batch_size % rows:
         raise ValueError(
-            f"{batch_size=} must be a multiple of the {devices} devices that pmap uses"
+            f"batch_size={config.batch_size} must be a multiple of the {devices} devices that pmap "
+            f"uses times accumulate={config.accumulate}"
         )
 
 
-def _jit_program(graphdef: Any, optimizer: optax.GradientTransformation) -> Program:
-    step = partial(train_step, graphdef=graphdef, optimizer=optimizer)
+@cache
+def _jit_program(
+    model: ModelConfig, optimizer: optax.GradientTransformation, accumulate: int, mesh_config: Any
+) -> Program:
+    graphdef, abstract = abstract_state(model, optimizer)
+    mesh = make_mesh(mesh_config)
+    lie, whole = shardings(mesh, abstract), NamedSharding(mesh, P())
+    rows = NamedSharding(mesh, BATCH)
+    step = partial(train_step, graphdef=graphdef, optimizer=optimizer, accumulate=accumulate)
+    train = jax.jit(step, donate_argnums=0, out_shardings=(lie, whole))
+    evaluate = jax.jit(partial(next_byte_loss, graphdef), out_shardings=whole)
+    init = jax.jit(make_state(model, optimizer), out_shardings=lie)
+    gather = jax.jit(lambda state: state, out_shardings=whole)
+
+    def share(batch: np.ndarray) -> jax.Array:
+        return jax.make_array_from_process_local_data(rows, batch)
+
     return Program(
-        train_step=jax.jit(step, donate_argnums=0),
-        eval_step=jax.jit(partial(next_byte_loss, graphdef)),
-        place=jax.device_put,
-        collect=jax.device_get,
+        graphdef,
+        init=lambda seed: init(jax.random.key(seed)),
+        train_step=lambda state, batch: train(state, share(batch)),
+        eval_step=lambda params, batch: evaluate(params, share(batch)),
+        like=jax.tree.map(
+            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), abstract, lie
+        ),
+        place=lambda state: jax.device_put(state, lie),
+        portable=lambda state: state,
+        collect=lambda state: jax.device_get(gather(state)),
     )
 
 
-def _pmap_program(graphdef: Any, optimizer: optax.GradientTransformation) -> Program:
+@cache
+def _pmap_program(
+    model: ModelConfig, optimizer: optax.GradientTransformation, accumulate: int
+) -> Program:
+    graphdef, abstract = abstract_state(model, optimizer)
     devices = jax.local_device_count()
-    step = partial(train_step, graphdef=graphdef, optimizer=optimizer, axis_name=_AXIS)
+    step = partial(
+        train_step,
+        graphdef=graphdef,
+        optimizer=optimizer,
+        accumulate=accumulate,
+        axis_name=_AXIS,
+    )
 
     def mean_loss(params: Any, batch: Array) -> Float[Array, ""]:
         return jax.lax.pmean(next_byte_loss(graphdef, params, batch), _AXIS)
 
     train = jax.pmap(step, axis_name=_AXIS, donate_argnums=0)
     evaluate = jax.pmap(mean_loss, axis_name=_AXIS)
+    init = jax.jit(make_state(model, optimizer))
 
     def share(batch: np.ndarray) -> np.ndarray:
         return batch.reshape(devices, -1, *batch.shape[1:])
@@ -73,13 +125,21 @@ def _pmap_program(graphdef: Any, optimizer: optax.GradientTransformation) -> Pro
         state, metrics = train(state, share(batch))
         return state, _first(metrics)
 
+    def place(state: TrainState) -> TrainState:
+        return jax.tree.map(lambda x: np.broadcast_to(np.asarray(x), (devices, *x.shape)), state)
+
+    def collect(state: TrainState) -> TrainState:
+        return jax.device_get(_first(state))
+
     return Program(
+        graphdef,
+        init=lambda seed: place(init(jax.random.key(seed))),
         train_step=train_shared,
         eval_step=lambda params, batch: evaluate(params, share(batch))[0],
-        place=lambda state: jax.tree.map(
-            lambda x: np.broadcast_to(np.asarray(x), (devices, *x.shape)), state
-        ),
-        collect=lambda state: jax.device_get(_first(state)),
+        like=jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract),
+        place=place,
+        portable=collect,
+        collect=collect,
     )
 
 

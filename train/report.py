@@ -42,14 +42,19 @@ def introduce(
     corpus, model = data.corpus, config.model
     skipped = f"; {len(corpus.skipped)} skipped (not UTF-8)" if corpus.skipped else ""
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
-    devices = jax.local_device_count() if config.parallel == "pmap" else 1
+    mesh = config.mesh
+    devices, how = jax.local_device_count(), "pmap"
+    if config.parallel == "jit":
+        devices, how = mesh.size, "jit"
+        if devices > 1:
+            how = f"jit over data {mesh.data} x fsdp {mesh.fsdp} x tensor {mesh.tensor}"
     _print(
         console,
         f"run folder  {folder.root}",
         f"data        {corpus.num_files} files, {len(corpus.train):,} bytes to train on, "
         f"{len(corpus.validation):,} to validate with{skipped}",
         f"model       {parameters:,} parameters, {model.num_layers} layers",
-        f"devices     {devices} x {jax.devices()[0].device_kind}, {config.parallel}",
+        f"devices     {devices} x {jax.devices()[0].device_kind}, {how}",
         *(
             f"layer {layer}     {'dense' if density == 1 else 'S2'}, skips {1 - density:.1%} of "
             f"the blocks that causality leaves"

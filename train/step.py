@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -48,6 +49,17 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     warmup = min(round(config.warmup * steps), steps - 1)
+    if config.schedule == "wsd":
+        decay = max(1, min(round(config.decay * steps), steps - warmup))
+        peak = config.learning_rate
+        return optax.join_schedules(
+            [
+                optax.linear_schedule(peak / (warmup + 1), peak, warmup),
+                optax.constant_schedule(peak),
+                optax.linear_schedule(peak, peak * config.final, decay),
+            ],
+            [warmup, steps - decay],
+        )
     return optax.warmup_cosine_decay_schedule(
         init_value=config.learning_rate / (warmup + 1),
         peak_value=config.learning_rate,
@@ -57,15 +69,35 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
     )
 
 
-def init_state(
-    config: ModelConfig, optimizer: optax.GradientTransformation, seed: int
+def make_state(
+    config: ModelConfig, optimizer: optax.GradientTransformation
+) -> Callable[[Array], TrainState]:
+    """A pure function from a key to the first state."""
+
+    def make(key: Array) -> TrainState:
+        init_key, key = jax.random.split(key)
+        _, params = _split(config, init_key)
+        return TrainState(jnp.int32(0), params, optimizer.init(params), jax.random.key_data(key))
+
+    return make
+
+
+def abstract_state(
+    config: ModelConfig, optimizer: optax.GradientTransformation
 ) -> tuple[Any, TrainState]:
-    """The model's static graph and its first state, from one seed."""
-    init_key, key = jax.random.split(jax.random.key(seed))
-    model = Transformer(config, rngs=nnx.Rngs(params=init_key))
-    graphdef, params = nnx.split(model, nnx.Param)
-    opt_state = optimizer.init(params)
-    return graphdef, TrainState(jnp.int32(0), params, opt_state, jax.random.key_data(key))
+    """The model's static graph, and shapes and dtypes of its state: nothing is computed."""
+    graphs = []
+
+    def make(key: Array) -> TrainState:
+        graphs.append(_split(config, key)[0])
+        return make_state(config, optimizer)(key)
+
+    abstract = jax.eval_shape(make, jax.random.key(0))
+    return graphs[0], abstract
+
+
+def _split(config: ModelConfig, key: Array) -> tuple[Any, Any]:
+    return nnx.split(Transformer(config, rngs=nnx.Rngs(params=key)), nnx.Param)
 
 
 def next_byte_loss(
@@ -83,12 +115,29 @@ def train_step(
     *,
     graphdef: Any,
     optimizer: optax.GradientTransformation,
+    accumulate: int = 1,
     axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """One optimiser step; inside a `pmap` over `axis_name`, gradients and loss are averaged."""
-    loss, grads = jax.value_and_grad(lambda params: next_byte_loss(graphdef, params, batch))(
-        state.params
-    )
+    """One optimiser step; inside a `pmap` over `axis_name`, gradients and loss are averaged.
+
+    accumulate: parts of the batch that are computed one after the other, each in less memory.
+    """
+
+    def of_part(part: Array) -> Any:
+        return jax.value_and_grad(lambda params: next_byte_loss(graphdef, params, part))(
+            state.params
+        )
+
+    if accumulate == 1:
+        loss, grads = of_part(batch)
+    else:
+        # Every part takes rows from all devices.
+        parts = batch.reshape(-1, accumulate, *batch.shape[1:]).swapaxes(0, 1)
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_part, parts[0]))
+        sums, _ = jax.lax.scan(
+            lambda sums, part: (jax.tree.map(jnp.add, sums, of_part(part)), None), zeros, parts
+        )
+        loss, grads = jax.tree.map(lambda x: x / accumulate, sums)
     if axis_name is not None:
         loss, grads = jax.lax.pmean((loss, grads), axis_name)
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -1,0 +1,124 @@
+"""One run, however it is shared out: meshes, pmap, parts of a batch."""
+
+import dataclasses
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from models import HybridConfig, ModelConfig
+from train.config import MeshConfig, OptimizerConfig, TrainConfig
+from train.parallel import check_devices, make_program
+from train.step import make_optimizer
+
+MODEL = ModelConfig(
+    num_layers=2, width=16, num_heads=4, num_kv_heads=2, mlp_width=24,
+    attention=HybridConfig(dense_first=1, block_size=16, local_blocks=1, vert_stride=2),
+)  # fmt: skip
+CONFIG = TrainConfig(
+    steps=20, batch_size=8, seq_len=40, model=MODEL, optimizer=OptimizerConfig(learning_rate=0.01)
+)
+EIGHT = MeshConfig(data=2, fsdp=2, tensor=2)
+
+
+@pytest.fixture(autouse=True)
+def standard_dtypes():
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+def program_of(**changes):
+    config = dataclasses.replace(CONFIG, **changes)
+    check_devices(config)
+    return make_program(config, make_optimizer(config.optimizer, config.steps))
+
+
+def losses(**changes):
+    """Of 20 steps, and the last state."""
+    program = program_of(**changes)
+    rng, state, found = np.random.default_rng(0), program.init(0), []
+    for _ in range(CONFIG.steps):
+        batch = rng.integers(97, 123, (CONFIG.batch_size, CONFIG.seq_len + 1)).astype(np.uint8)
+        state, metrics = program.train_step(state, batch)
+        found.append(float(metrics.loss))
+    return found, program.collect(state)
+
+
+@pytest.fixture(scope="module", name="alone")
+def on_one_device():
+    with jax.numpy_dtype_promotion("standard"):
+        return losses()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"mesh": EIGHT},
+        {"mesh": MeshConfig(data=8)},
+        {"mesh": MeshConfig(fsdp=8)},
+        {"mesh": MeshConfig(tensor=2)},
+        {"parallel": "pmap"},
+        {"accumulate": 4},
+        {"mesh": MeshConfig(data=2, tensor=2), "accumulate": 2},
+    ],
+    ids=str,
+)
+def test_sharing_out_changes_rounding_alone(alone, changes):
+    shared = losses(**changes)
+    np.testing.assert_allclose(shared[0], alone[0], rtol=1e-5)
+    assert alone[0][-1] < alone[0][0] - 0.5
+    for a, b in zip(jax.tree.leaves(shared[1]), jax.tree.leaves(alone[1]), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_parameters_and_moments_are_split_by_rule():
+    state = program_of(mesh=EIGHT).init(0)
+    by_name = {
+        jax.tree_util.keystr(path): x for path, x in jax.tree_util.tree_flatten_with_path(state)[0]
+    }
+    split = {name: x for name, x in by_name.items() if not x.sharding.is_fully_replicated}
+    matrices = {name for name, x in by_name.items() if x.ndim > 1}
+    assert split.keys() == matrices
+    assert any("mu" in name for name in split) and any("nu" in name for name in split)
+    for name, x in split.items():
+        assert x.addressable_shards[0].data.size * 4 == x.size, name
+    [query] = [x for name, x in by_name.items() if re.search(r"params.*0.*'query'", name)]
+    assert query.addressable_shards[0].data.shape == (8, 2, 4)  # half the width, half the heads
+
+
+def test_a_step_keeps_the_state_where_it_is():
+    program = program_of(mesh=EIGHT)
+    state = program.init(0)
+    before = [x.sharding for x in jax.tree.leaves(state)]
+    state, _ = program.train_step(state, np.zeros((8, 41), np.uint8))
+    assert before == [x.sharding for x in jax.tree.leaves(state)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"mesh": MeshConfig(data=16)}, "16 devices are more than the 8"),
+        ({"mesh": MeshConfig(data=3)}, "batch_size=8 must be a multiple of 3: mesh.data=3 times"),
+        ({"accumulate": 3}, "batch_size=8 must be a multiple of 3: .* accumulate=3"),
+        ({"mesh": MeshConfig(tensor=4)}, "num_kv_heads=2 must be a multiple of mesh.tensor=4"),
+        (
+            {"mesh": MeshConfig(fsdp=4), "model": dataclasses.replace(MODEL, width=24)},
+            None,
+        ),
+        (
+            {"mesh": MeshConfig(tensor=2), "model": dataclasses.replace(MODEL, mlp_width=9)},
+            "mlp_width=9 must be a multiple of mesh.tensor=2",
+        ),
+        ({"mesh": EIGHT, "parallel": "pmap"}, "mesh is for parallel='jit'"),
+        ({"parallel": "pmap", "accumulate": 2}, "8 devices that pmap uses times accumulate=2"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_shared_out_is_refused(changes, message):
+    config = dataclasses.replace(CONFIG, **changes)
+    if message is None:
+        check_devices(config)
+        return
+    with pytest.raises(ValueError, match=message):
+        check_devices(config)
