@@ -160,12 +160,26 @@ def test_training_lowers_the_loss_step_by_step(whole):
 def test_a_run_leaves_a_full_folder_and_says_how_it_went(whole):
     config, output = whole
     assert {path.name for path in config.out.iterdir()} == {
-        "checkpoints", "config.json", "loss.png", "metrics.jsonl", "pattern.png", "sample.txt",
+        "checkpoints", "config.json", "environment.json", "loss.png", "metrics.jsonl",
+        "pattern.png", "sample.txt", "tensorboard",
     }  # fmt: skip
+    facts = json.loads((config.out / "environment.json").read_text())
+    assert facts["versions"]["jax"] == jax.__version__
+    events = b"".join(p.read_bytes() for p in (config.out / "tensorboard").iterdir())
+    for name in ("loss", "grad_norm", "learning_rate", "validation", "tokens_per_second"):
+        assert name.encode() in events
     assert (config.out / "sample.txt").read_text().startswith("import ")
     assert "step 7/7  validation" in output
     assert "H(x_t | x_(t-1))" in output
     assert "layer 0     S2, skips" in output
+
+
+def test_three_steps_can_be_traced(whole, tmp_path):
+    config = dataclasses.replace(
+        whole[0], out=tmp_path / "run", report=dataclasses.replace(REPORT, profile=True)
+    )
+    run(config)
+    assert list((config.out / "profile").rglob("*.xplane.pb"))
 
 
 def test_every_implementation_trains_from_the_same_start():

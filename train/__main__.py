@@ -12,6 +12,7 @@ from rich.console import Console
 from models.presets import PRESETS
 from train.config import TrainConfig
 from train.loop import prepare, train
+from train.processes import join, wait_for_all
 from train.stop import Stopped
 
 
@@ -38,9 +39,11 @@ def parse(arguments: list[str]) -> TrainConfig:
 
 
 def main() -> None:
-    console = Console()
     try:
-        run = prepare(parse(sys.argv[1:]))
+        config = parse(sys.argv[1:])
+        console = join(config.processes)
+        run = prepare(config)
+        wait_for_all("prepared")
     except ValueError as error:
         errors = Console(stderr=True, soft_wrap=True)
         errors.print(f"error: {error}", style="red", highlight=False, markup=False)

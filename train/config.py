@@ -40,6 +40,29 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProcessConfig:
+    """One run over several processes, on one host or several; every process gets the same batch
+    settings, and all devices together make the mesh."""
+
+    coordinator: str | None = None
+    """HOST:PORT of the first process; None for a run of one process."""
+    count: int = 1
+    """Processes."""
+    index: int = 0
+    """Of this process, from 0."""
+
+    def __post_init__(self) -> None:
+        _check_positive(self, "count")
+        if not 0 <= self.index < self.count:
+            raise ValueError(f"index={self.index!r} must be from 0 to below count={self.count}")
+        if (self.coordinator is None) != (self.count == 1):
+            raise ValueError(
+                f"coordinator={self.coordinator!r} and count={self.count} contradict each other: "
+                "several processes need a coordinator, and one has none"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW with clipped gradients; the rate warms up linearly, stays, and falls."""
 
@@ -93,6 +116,9 @@ class ReportConfig:
     temperature: float = 0.8
     """Of that text; 0 takes the likeliest byte every time."""
 
+    profile: bool = False
+    """Trace three steps with JAX's profiler, for TensorBoard or Perfetto."""
+
     def __post_init__(self) -> None:
         _check_positive(
             self,
@@ -121,6 +147,8 @@ class TrainConfig:
     """By jit on the devices of the mesh, or by pmap on all local ones, which share the batch."""
     mesh: MeshConfig = MeshConfig()
     """Devices by axis, for jit; one by default."""
+    processes: ProcessConfig = ProcessConfig()
+    """Processes, for runs over several hosts."""
     steps: int = 1000
     """Optimiser steps."""
     batch_size: int = 16
@@ -146,11 +174,13 @@ class TrainConfig:
             raise ValueError(f"vocab_size={self.model.vocab_size!r} must be 256: tokens are bytes")
         if self.resume and self.out is None:
             raise ValueError("resume=True needs out, the run folder to continue")
+        if self.processes.count > 1 and self.out is None:
+            raise ValueError("several processes need out, the run folder that they share")
 
     def to_json(self) -> str:
-        """The settings that make the run what it is: all but its folder and `resume`."""
+        """The settings that make the run what it is: not its folder, nor who takes part."""
         settings = dataclasses.asdict(self)
-        del settings["out"], settings["resume"]
+        del settings["out"], settings["resume"], settings["processes"]
         if self.data is not None:
             settings["data"] = str(self.data.resolve())
         return json.dumps(settings, indent=2) + "\n"

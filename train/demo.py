@@ -44,6 +44,7 @@ def main() -> None:
     console.rule("training")
     out = Path("runs") / f"demo-{datetime.datetime.now():%Y-%m-%d-%H%M%S}"
     report = train(prepare(demo_config(out)), console)
+    assert report is not None  # this is the only process
     better = report.validation < report.entropies.bigram
     console.print(
         f"the model is {'below' if better else 'NOT below'} H(x_t | x_(t-1)); "

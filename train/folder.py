@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 
 from train.config import TrainConfig, differing_fields
+from train.environment import environment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,11 +19,24 @@ class RunFolder:
 
     def create(self, config: TrainConfig) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
+        write_text(self.environment, environment())
         write_text(self.config, config.to_json())
 
     @property
     def config(self) -> Path:
         return self.root / "config.json"
+
+    @property
+    def environment(self) -> Path:
+        return self.root / "environment.json"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.root / "tensorboard"
+
+    @property
+    def profile(self) -> Path:
+        return self.root / "profile"
 
     @property
     def metrics(self) -> Path:

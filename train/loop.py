@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+from typing import Self
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
+from train.board import Board
 from train.checkpoint import Checkpoints
 from train.config import ReportConfig, TrainConfig
 from train.data import Data, load_data
@@ -46,8 +50,10 @@ def prepare(config: TrainConfig) -> Run:
     return Run(config, folder, data)
 
 
-def train(run: Run, console: Console) -> Report:
+def train(run: Run, console: Console) -> Report | None:
     """Trains, or goes on from the last checkpoint that is whole.
+
+    Of several processes the first one writes all but the checkpoints, and has the report.
 
     Raises:
         FloatingPointError: a loss or a gradient is not finite; the checkpoints before it stay.
@@ -56,7 +62,8 @@ def train(run: Run, console: Console) -> Report:
     config, data = run.config, run.data
     program = make_program(config, make_optimizer(config.optimizer, config.steps))
     introduce(config, data, program.like, run.folder, console)
-    if not config.resume:
+    first = jax.process_index() == 0
+    if first and not config.resume:
         run.folder.create(config)
     with Checkpoints(run.folder.checkpoints, config.report.keep) as checkpoints:
         if config.resume:
@@ -70,6 +77,8 @@ def train(run: Run, console: Console) -> Report:
         else:
             state, start = program.init(config.seed), 0
         state = _take_steps(run, program, state, start, checkpoints, console)
+    if not first:
+        return None
     report = write_report(config, program.graphdef, state, data, run.folder)
     report.show(console)
     return report
@@ -85,13 +94,19 @@ def _take_steps(
 ) -> TrainState:
     """Takes the steps that are left; returns the last state, on the host."""
     config, data, steps = run.config, run.data, run.config.steps
-    metrics_file = MetricsFile(run.folder.metrics)
+    first = jax.process_index() == 0
+    metrics_file = MetricsFile(run.folder.metrics, writes=first)
     metrics_file.keep_until(start)
     schedule = learning_rate_schedule(config.optimizer, steps)
     rates = np.asarray(schedule(jnp.arange(steps)))
     clock = Clock(config.batch_size * config.seq_len)
-    with Progress(console, start=start, steps=steps) as progress, StopSignal() as stop:
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(Progress(console, start=start, steps=steps))
+        stop = stack.enter_context(StopSignal())
+        board = stack.enter_context(_board(run, start)) if first else None
+        trace = stack.enter_context(_Trace(run.folder, config.report.profile and first, start))
         for step in range(start + 1, steps + 1):
+            trace.before(step)
             state, metrics = program.train_step(state, next(data.train))
             rate = float(rates[step - 1])
             metrics_file.add({"step": step, **metrics._asdict(), "learning_rate": rate})
@@ -103,12 +118,17 @@ def _take_steps(
             records = metrics_file.flush()  # waits for the step
             _check_finite(records, checkpoints.last)
             clock.lap(step)
+            if board is not None:
+                board.add(records)
+                board.add_speed(step, clock.speed)
             if "log" in due:
                 progress.update(step, records[-1]["loss"], clock.speed, clock.left(steps))
             if "eval" in due:
                 bits = bits_per_byte(program, state.params, data.validation)
                 metrics_file.add({"step": step, "validation": bits})
-                metrics_file.flush()
+                records = metrics_file.flush()
+                if board is not None:
+                    board.add(records)
                 progress.note(f"step {step}/{steps}  validation {data.entropies.compare(bits)}")
             if "checkpoint" in due:
                 checkpoints.save(program.portable(state), data.position(), data.corpus.fingerprint)
@@ -116,6 +136,35 @@ def _take_steps(
                 raise Stopped(f"stopped by SIGTERM after step {step}")
             clock.skip()
     return program.collect(state)
+
+
+def _board(run: Run, start: int) -> Board:
+    config = run.config
+    devices = jax.local_device_count() if config.parallel == "pmap" else config.mesh.size
+    return Board(run.folder.tensorboard, config, start, devices)
+
+
+class _Trace:
+    """JAX's profiler over a few steps, past those that compile; a context manager."""
+
+    def __init__(self, folder: RunFolder, wanted: bool, start: int) -> None:
+        self._folder, self._first = folder.profile, start + 4 if wanted else None
+        self._running = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+
+    def before(self, step: int) -> None:
+        if step == self._first:
+            jax.profiler.start_trace(str(self._folder))
+            self._running = True
+        elif self._running and self._first is not None and step == self._first + 3:
+            jax.profiler.stop_trace()
+            self._running = False
 
 
 def _check_finite(records: list[Record], saved: int | None) -> None:

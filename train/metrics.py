@@ -13,10 +13,10 @@ Record = dict[str, Any]
 
 
 class MetricsFile:
-    """Collects records and appends them to the file when told to."""
+    """Collects records and appends them to the file when told to; with `writes=False` to none."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
+        self._path, self._writes = path, writes
         self._pending: list[Record] = []
 
     def add(self, record: Record) -> None:
@@ -26,15 +26,19 @@ class MetricsFile:
     def flush(self) -> list[Record]:
         """Writes what was added, durably, and returns it as plain numbers."""
         records = [{name: _number(x) for name, x in rec.items()} for rec in self._pending]
+        self._pending = []
+        if not self._writes:
+            return records
         with self._path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
             file.flush()
             os.fsync(file.fileno())
-        self._pending = []
         return records
 
     def keep_until(self, step: int) -> None:
         """Drops what was written after `step`; a resumed run takes those steps again."""
+        if not self._writes:
+            return
         kept = [record for record in read_metrics(self._path) if record["step"] <= step]
         write_text(self._path, "".join(json.dumps(record) + "\n" for record in kept))
 

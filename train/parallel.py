@@ -27,9 +27,10 @@ class Program:
     """Compiled steps, and the way in and out of the devices that they run on.
 
     init: the first state, placed, from a seed. train_step: takes a placed state, which it uses up,
-    and this process' rows of a batch. eval_step: a placed state's parameters and rows, for the
-    mean loss in nats per byte. like: what a checkpoint is read as; `place` puts that on the
-    devices, and `portable` gives what is saved of a placed state. collect: the state on the host.
+    and a batch, of which every process puts its rows on its devices. eval_step: a placed state's
+    parameters and a batch, for the mean loss in nats per byte. like: what a checkpoint is read as;
+    `place` puts that on the devices, and `portable` gives what is saved of a placed state. collect:
+    the state on the host.
     """
 
     graphdef: Any
@@ -81,7 +82,7 @@ def _jit_program(
     gather = jax.jit(lambda state: state, out_shardings=whole)
 
     def share(batch: np.ndarray) -> jax.Array:
-        return jax.make_array_from_process_local_data(rows, batch)
+        return jax.make_array_from_callback(batch.shape, rows, lambda part: batch[part])
 
     return Program(
         graphdef,
