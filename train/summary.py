@@ -10,7 +10,7 @@ from jaxtyping import Int
 from rich.markup import escape
 from rich.table import Table
 
-from train.documents import Found, SplitDocuments
+from train.documents import Document, Found, SplitDocuments
 from train.shards import SPLITS
 
 _LONG = {"> 8k": 8_192, "> 32k": 32_768, "> 128k": 131_072}
@@ -37,7 +37,7 @@ def summary(prepared: Prepared) -> list[Table | str]:
     for header in ("documents", "tokens", "bytes/token", *_LONG):
         splits.add_column(header, justify="right", no_wrap=True)
     longest.add_column("tokens", justify="right", no_wrap=True)
-    everything = []
+    everything: list[tuple[int, str, Document]] = []
     for name, lengths in prepared.lengths.items():
         num_bytes = sum(document.num_bytes for document in sides[name])
         over = [f"{(lengths > bound).sum():,}" for bound in _LONG.values()]
