@@ -14,7 +14,6 @@ from train.shards import Split
 
 Batch = dict[str, Int32[np.ndarray, "... seq_len+1"]]
 """`tokens`, and `segment_ids`: the pieces of a row counted from 1, and 0 for padding."""
-_PREFETCH = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,11 +83,7 @@ def train_rows(
     check_enough("training", rows, first, batch_size)
     share = batch_size // num_shards
     local = slice(shard_index * share, (shard_index + 1) * share)
-    dataset = _RowBatches(rows, batch_size, seed, local)
-    prefetched = grain.experimental.ThreadPrefetchIterDataset(
-        dataset, prefetch_buffer_size=_PREFETCH
-    )
-    return iter(prefetched)
+    return iter(_RowBatches(rows, batch_size, seed, local))
 
 
 def validation_rows(
