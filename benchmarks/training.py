@@ -17,8 +17,8 @@ import numpy as np
 import tyro
 
 from models import HybridConfig, ModelConfig
+from train.batches import load_batches
 from train.config import TrainConfig
-from train.data import load_data
 from train.parallel import make_program
 from train.step import make_optimizer
 
@@ -53,7 +53,7 @@ def losses(options: Options, implementation: Literal["triton", "reference"]) -> 
     optimizer = make_optimizer(config.optimizer, config.steps)
     program = make_program(config, optimizer)
     state = program.init(config.seed)
-    rows, out = load_data(config).train, []
+    rows, out = load_batches(config).train, []
     for _ in range(config.steps):
         state, metrics = program.train_step(state, next(rows))
         out.append(metrics.loss)

@@ -183,7 +183,8 @@ def test_three_steps_can_be_traced(whole, tmp_path):
 
 
 def test_every_implementation_trains_from_the_same_start():
-    batch = np.random.default_rng(0).integers(0, 256, (2, 33)).astype(np.uint8)
+    tokens = np.random.default_rng(0).integers(0, 256, (2, 33)).astype(np.int32)
+    batch = {"tokens": tokens, "segment_ids": np.repeat([[1] * 20 + [2] * 13], 2, axis=0)}
     losses = []
     for implementation in ("reference", "interpret"):
         model = dataclasses.replace(MODEL, implementation=implementation)

@@ -39,8 +39,10 @@ def losses(**changes):
     program = program_of(**changes)
     rng, state, found = np.random.default_rng(0), program.init(0), []
     for _ in range(CONFIG.steps):
-        batch = rng.integers(97, 123, (CONFIG.batch_size, CONFIG.seq_len + 1)).astype(np.uint8)
-        state, metrics = program.train_step(state, batch)
+        batch = rng.integers(97, 123, (CONFIG.batch_size, CONFIG.seq_len + 1)).astype(np.int32)
+        # Documents of other lengths in every row, and padding.
+        ids = np.sort(rng.integers(0, 4, batch.shape)).astype(np.int32)
+        state, metrics = program.train_step(state, {"tokens": batch, "segment_ids": ids})
         found.append(float(metrics.loss))
     return found, program.collect(state)
 
@@ -67,7 +69,7 @@ def on_one_device():
 def test_sharing_out_changes_rounding_alone(alone, changes):
     shared = losses(**changes)
     np.testing.assert_allclose(shared[0], alone[0], rtol=1e-5)
-    assert alone[0][-1] < alone[0][0] - 0.5
+    assert alone[0][-1] < alone[0][0] - 0.3
     for a, b in zip(jax.tree.leaves(shared[1]), jax.tree.leaves(alone[1]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
@@ -92,7 +94,7 @@ def test_a_step_keeps_the_state_where_it_is():
     program = program_of(mesh=EIGHT)
     state = program.init(0)
     before = [x.sharding for x in jax.tree.leaves(state)]
-    state, _ = program.train_step(state, np.zeros((8, 41), np.uint8))
+    state, _ = program.train_step(state, {"tokens": np.zeros((8, 41), np.int32)})
     assert before == [x.sharding for x in jax.tree.leaves(state)]
 
 

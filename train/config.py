@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from models.config import ModelConfig
 from models.presets import PRESETS
-
-NUM_BYTES = 256
+from train.shards import is_prepared
+from train.tokenizer import NUM_BYTES
 
 
 def _check_positive(config: Any, *names: str) -> None:
@@ -138,7 +138,7 @@ class TrainConfig:
     """Train a decoder-only transformer with dense and S2 layers on text, byte by byte."""
 
     data: Path | None = None
-    """Folder of text files; the source of Python's own standard library if left out."""
+    """Folder of text files, or of shards from train.prepare; Python's own library if left out."""
     out: Path | None = None
     """Run folder, which must be new; a folder under runs/ named by the time if left out."""
     resume: bool = False
@@ -156,7 +156,11 @@ class TrainConfig:
     accumulate: int = 1
     """Parts of the batch that a step computes one after the other, to save memory."""
     seq_len: int = 512
-    """Bytes per row that are predicted."""
+    """Tokens per row that are predicted; bytes, unless the data is prepared."""
+    packing: Literal["packed", "whole"] = "packed"
+    """Rows of prepared data: documents packed together, or cut from documents that fill a row."""
+    align: int = 1
+    """In packed rows, documents begin at multiples of so many tokens, as of the block size."""
     seed: int = 0
     """Of the parameters, the order of the data and the sample."""
     model: ModelConfig = PRESETS["tiny"]
@@ -167,10 +171,10 @@ class TrainConfig:
     """Reports and checkpoints."""
 
     def __post_init__(self) -> None:
-        _check_positive(self, "steps", "batch_size", "accumulate", "seq_len")
+        _check_positive(self, "steps", "batch_size", "accumulate", "seq_len", "align")
         if self.seed < 0:
             raise ValueError(f"seed={self.seed!r} must be 0 or more")
-        if self.model.vocab_size != NUM_BYTES:
+        if self.model.vocab_size != NUM_BYTES and not is_prepared(self.data):
             raise ValueError(f"vocab_size={self.model.vocab_size!r} must be 256: tokens are bytes")
         if self.resume and self.out is None:
             raise ValueError("resume=True needs out, the run folder to continue")

@@ -51,7 +51,7 @@ def load_corpus(folder: Path | None) -> Corpus:
     skipped = []
     for name, path in _files(root, library=folder is None):
         content = path.read_bytes()
-        if not _is_text(content):
+        if not is_text(content):
             skipped.append(name)
         elif content:
             texts[name] = content
@@ -79,7 +79,8 @@ def validation_names(names: list[str]) -> set[str]:
 
 
 def _hash_share(name: str) -> float:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+    digest = hashlib.sha256(name.encode(errors="surrogateescape"))  # a name need not be UTF-8
+    return int.from_bytes(digest.digest()[:8], "big") / 2**64
 
 
 def _files(root: Path, *, library: bool) -> Iterator[tuple[str, Path]]:
@@ -91,7 +92,8 @@ def _files(root: Path, *, library: bool) -> Iterator[tuple[str, Path]]:
             yield "/".join(parts), path
 
 
-def _is_text(content: bytes) -> bool:
+def is_text(content: bytes) -> bool:
+    """UTF-8 without a zero byte."""
     try:
         content.decode("utf-8")
     except UnicodeDecodeError:

@@ -12,6 +12,7 @@ from jaxtyping import UInt8
 from train.config import TrainConfig
 from train.corpus import Corpus, load_corpus
 from train.entropy import Entropies, count_entropies
+from train.shards import is_prepared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,13 @@ class Data:
 
 
 def load_data(config: TrainConfig) -> Data:
-    """Raises ValueError where the text is missing or too short."""
+    """Raises ValueError where the text is missing, too short, or not a folder of files."""
+    if is_prepared(config.data):
+        raise ValueError(f"data={str(config.data)!r} is prepared: its batches are not plain bytes")
+    if config.packing != "packed" or config.align != 1:
+        raise ValueError(
+            f"packing={config.packing!r} and align={config.align!r} go with prepared data only"
+        )
     corpus = load_corpus(config.data)
     seq_len, batch_size, seed = config.seq_len, config.batch_size, config.seed
     batches = train_batches(corpus.train, seq_len=seq_len, batch_size=batch_size, seed=seed)

@@ -45,6 +45,7 @@ def main() -> None:
     out = Path("runs") / f"demo-{datetime.datetime.now():%Y-%m-%d-%H%M%S}"
     report = train(prepare(demo_config(out)), console)
     assert report is not None  # this is the only process
+    assert report.entropies is not None  # of plain bytes
     better = report.validation < report.entropies.bigram
     console.print(
         f"the model is {'below' if better else 'NOT below'} H(x_t | x_(t-1)); "

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from jaxtyping import UInt8
-from numpy import ndarray
-
+from train.batches import Batches
 from train.parallel import Program
 
 
-def bits_per_byte(
-    program: Program, params: Any, batches: UInt8[ndarray, "batches batch seq_len+1"]
-) -> float:
-    """Mean over the batches; `params` as placed by the program."""
-    losses = [program.eval_step(params, batch) for batch in batches]
-    return sum(float(loss) for loss in losses) / len(losses) / math.log(2)
+def bits_per_byte(program: Program, params: Any, data: Batches) -> float:
+    """Mean over the tokens of all validation batches; `params` as placed by the program."""
+    number = len(data.validation["tokens"])
+    results = [
+        program.eval_step(params, {name: x[i] for name, x in data.validation.items()})
+        for i in range(number)
+    ]
+    losses, weights = (sum(map(float, column)) for column in zip(*results))
+    return losses / weights / math.log(2) / data.bytes_per_token

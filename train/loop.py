@@ -12,16 +12,16 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
+from train.batches import Batches, load_batches
 from train.board import Board
 from train.checkpoint import Checkpoints
 from train.config import ReportConfig, TrainConfig
-from train.data import Data, load_data
 from train.evaluate import bits_per_byte
 from train.folder import RunFolder, check_folder
 from train.metrics import MetricsFile, Record
 from train.parallel import Program, check_devices, make_program
 from train.progress import Clock, Progress
-from train.report import Report, introduce, write_report
+from train.report import Report, describe, introduce, write_report
 from train.step import TrainState, learning_rate_schedule, make_optimizer
 from train.stop import Stopped, StopSignal
 
@@ -32,7 +32,7 @@ class Run:
 
     config: TrainConfig
     folder: RunFolder
-    data: Data
+    data: Batches
 
 
 def prepare(config: TrainConfig) -> Run:
@@ -43,10 +43,10 @@ def prepare(config: TrainConfig) -> Run:
     """
     check_devices(config)
     folder = check_folder(config)
-    data = load_data(config)
+    data = load_batches(config)
     if config.resume:
         with Checkpoints(folder.checkpoints) as checkpoints:
-            checkpoints.check_data(data.corpus.fingerprint)
+            checkpoints.check_data(data.fingerprint)
     return Run(config, folder, data)
 
 
@@ -122,16 +122,18 @@ def _take_steps(
                 board.add(records)
                 board.add_speed(step, clock.speed)
             if "log" in due:
-                progress.update(step, records[-1]["loss"], clock.speed, clock.left(steps))
+                progress.update(
+                    step, records[-1]["loss"] / data.bytes_per_token, clock.speed, clock.left(steps)
+                )
             if "eval" in due:
-                bits = bits_per_byte(program, state.params, data.validation)
+                bits = bits_per_byte(program, state.params, data)
                 metrics_file.add({"step": step, "validation": bits})
                 records = metrics_file.flush()
                 if board is not None:
                     board.add(records)
-                progress.note(f"step {step}/{steps}  validation {data.entropies.compare(bits)}")
+                progress.note(f"step {step}/{steps}  validation {describe(bits, data.entropies)}")
             if "checkpoint" in due:
-                checkpoints.save(program.portable(state), data.position(), data.corpus.fingerprint)
+                checkpoints.save(program.portable(state), data.train.get_state(), data.fingerprint)
             if stop.received and step < steps:
                 raise Stopped(f"stopped by SIGTERM after step {step}")
             clock.skip()

@@ -17,9 +17,18 @@ from jaxtyping import Array, Float
 from models import ModelConfig
 from train.config import TrainConfig
 from train.sharding import BATCH, check_mesh, make_mesh, shardings
-from train.step import Metrics, TrainState, abstract_state, make_state, next_byte_loss, train_step
+from train.step import (
+    Batch,
+    Metrics,
+    TrainState,
+    abstract_state,
+    make_state,
+    summed_loss,
+    train_step,
+)
 
 _AXIS = "devices"
+HostBatch = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,15 +37,15 @@ class Program:
 
     init: the first state, placed, from a seed. train_step: takes a placed state, which it uses up,
     and a batch, of which every process puts its rows on its devices. eval_step: a placed state's
-    parameters and a batch, for the mean loss in nats per byte. like: what a checkpoint is read as;
+    parameters and a batch, for `summed_loss`. like: what a checkpoint is read as;
     `place` puts that on the devices, and `portable` gives what is saved of a placed state. collect:
     the state on the host.
     """
 
     graphdef: Any
     init: Callable[[int], TrainState]
-    train_step: Callable[[TrainState, np.ndarray], tuple[TrainState, Metrics]]
-    eval_step: Callable[[Any, np.ndarray], Float[Array, ""]]
+    train_step: Callable[[TrainState, HostBatch], tuple[TrainState, Metrics]]
+    eval_step: Callable[[Any, HostBatch], tuple[Float[Array, ""], Float[Array, ""]]]
     like: TrainState
     place: Callable[[TrainState], TrainState]
     portable: Callable[[TrainState], TrainState]
@@ -77,12 +86,15 @@ def _jit_program(
     rows = NamedSharding(mesh, BATCH)
     step = partial(train_step, graphdef=graphdef, optimizer=optimizer, accumulate=accumulate)
     train = jax.jit(step, donate_argnums=0, out_shardings=(lie, whole))
-    evaluate = jax.jit(partial(next_byte_loss, graphdef), out_shardings=whole)
+    evaluate = jax.jit(partial(summed_loss, graphdef), out_shardings=whole)
     init = jax.jit(make_state(model, optimizer), out_shardings=lie)
     gather = jax.jit(lambda state: state, out_shardings=whole)
 
-    def share(batch: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(batch.shape, rows, lambda part: batch[part])
+    def share(batch: HostBatch) -> Batch:
+        return {
+            name: jax.make_array_from_callback(x.shape, rows, x.__getitem__)
+            for name, x in batch.items()
+        }
 
     return Program(
         graphdef,
@@ -112,17 +124,17 @@ def _pmap_program(
         axis_name=_AXIS,
     )
 
-    def mean_loss(params: Any, batch: Array) -> Float[Array, ""]:
-        return jax.lax.pmean(next_byte_loss(graphdef, params, batch), _AXIS)
+    def mean_loss(params: Any, batch: Batch) -> Any:
+        return jax.lax.pmean(summed_loss(graphdef, params, batch), _AXIS)
 
     train = jax.pmap(step, axis_name=_AXIS, donate_argnums=0)
     evaluate = jax.pmap(mean_loss, axis_name=_AXIS)
     init = jax.jit(make_state(model, optimizer))
 
-    def share(batch: np.ndarray) -> np.ndarray:
-        return batch.reshape(devices, -1, *batch.shape[1:])
+    def share(batch: HostBatch) -> HostBatch:
+        return {name: x.reshape(devices, -1, *x.shape[1:]) for name, x in batch.items()}
 
-    def train_shared(state: TrainState, batch: np.ndarray) -> tuple[TrainState, Metrics]:
+    def train_shared(state: TrainState, batch: HostBatch) -> tuple[TrainState, Metrics]:
         state, metrics = train(state, share(batch))
         return state, _first(metrics)
 
@@ -136,7 +148,7 @@ def _pmap_program(
         graphdef,
         init=lambda seed: place(init(jax.random.key(seed))),
         train_step=train_shared,
-        eval_step=lambda params, batch: evaluate(params, share(batch))[0],
+        eval_step=lambda params, batch: _first(evaluate(params, share(batch))),
         like=jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract),
         place=place,
         portable=collect,

@@ -7,18 +7,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 
 from models import generate
+from train.batches import Batches
 from train.config import TrainConfig
-from train.data import Data
 from train.entropy import Entropies
 from train.folder import RunFolder, write_text
 from train.metrics import read_metrics
 from train.plots import save_loss_curve, save_pattern
 from train.step import TrainState
 
-_PROMPT = b"import "
+_PROMPT = "import "
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,20 +28,24 @@ class Report:
 
     folder: RunFolder
     validation: float
-    entropies: Entropies
+    entropies: Entropies | None
     sample: str
 
     def show(self, console: Console) -> None:
         _print(console, "", "sample", self.sample, "")
-        _print(console, f"validation  {self.entropies.compare(self.validation)}")
+        _print(console, f"validation  {describe(self.validation, self.entropies)}")
         _print(console, f"run folder  {self.folder.root}")
 
 
+def describe(bits: float, entropies: Entropies | None) -> str:
+    """Bits per byte, with what counting achieves where that is known."""
+    return f"{bits:.3f} bits/byte" if entropies is None else entropies.compare(bits)
+
+
 def introduce(
-    config: TrainConfig, data: Data, state: TrainState, folder: RunFolder, console: Console
+    config: TrainConfig, data: Batches, state: TrainState, folder: RunFolder, console: Console
 ) -> None:
-    corpus, model = data.corpus, config.model
-    skipped = f"; {len(corpus.skipped)} skipped (not UTF-8)" if corpus.skipped else ""
+    model = config.model
     parameters = sum(x.size for x in jax.tree.leaves(state.params))
     mesh = config.mesh
     devices, how = jax.local_device_count(), "pmap"
@@ -51,8 +56,7 @@ def introduce(
     _print(
         console,
         f"run folder  {folder.root}",
-        f"data        {corpus.num_files} files, {len(corpus.train):,} bytes to train on, "
-        f"{len(corpus.validation):,} to validate with{skipped}",
+        f"data        {data.description}",
         f"model       {parameters:,} parameters, {model.num_layers} layers",
         f"devices     {devices} x {jax.devices()[0].device_kind}, {how}",
         *(
@@ -64,22 +68,23 @@ def introduce(
 
 
 def write_report(
-    config: TrainConfig, graphdef: Any, state: TrainState, data: Data, folder: RunFolder
+    config: TrainConfig, graphdef: Any, state: TrainState, data: Batches, folder: RunFolder
 ) -> Report:
     """Generates the sample and draws the pictures; `state` is the last one, on the host."""
+    prompt = data.tokenizer.encode([_PROMPT])[0]
     tokens = generate(
         graphdef,
         jax.device_put(state.params),
-        jnp.asarray(list(_PROMPT), jnp.int32),
+        jnp.asarray(prompt, jnp.int32),
         jax.random.wrap_key_data(jnp.asarray(state.key)),
         window=config.seq_len,
         length=config.report.sample_bytes,
         temperature=config.report.temperature,
     )
-    sample = bytes(tokens.tolist()).decode("utf-8", errors="replace")
+    sample = data.tokenizer.decode(np.asarray(tokens))
     write_text(folder.sample, sample)
     records = read_metrics(folder.metrics)
-    save_loss_curve(folder.loss_curve, records, data.entropies)
+    save_loss_curve(folder.loss_curve, records, data)
     save_pattern(folder.pattern, config.model, config.seq_len)
     validation = [record["validation"] for record in records if "validation" in record][-1]
     return Report(folder, validation, data.entropies, sample)

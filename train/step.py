@@ -10,10 +10,13 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int, UInt8, UInt32
+from jaxtyping import Array, Float, Int, UInt32
 
 from models import ModelConfig, Transformer
 from train.config import OptimizerConfig
+
+# tokens, int32 [batch, seq_len + 1], and where rows hold several documents segment_ids, alike
+Batch = dict[str, Array]
 
 
 class TrainState(NamedTuple):
@@ -26,7 +29,7 @@ class TrainState(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """Of one step: mean loss in nats per byte, global norm of the gradient before clipping."""
+    """Of one step: mean loss in nats per token, global norm of the gradient before clipping."""
 
     loss: Float[Array, ""]
     grad_norm: Float[Array, ""]
@@ -69,6 +72,12 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
     )
 
 
+def target_mask(segment_ids: Int[Array, "*batch row"]) -> Any:
+    """Which tokens but the first of a row follow one of their own document; arrays of any kind."""
+    after = segment_ids[..., 1:]
+    return (after == segment_ids[..., :-1]) & (after > 0)
+
+
 def make_state(
     config: ModelConfig, optimizer: optax.GradientTransformation
 ) -> Callable[[Array], TrainState]:
@@ -100,46 +109,61 @@ def _split(config: ModelConfig, key: Array) -> tuple[Any, Any]:
     return nnx.split(Transformer(config, rngs=nnx.Rngs(params=key)), nnx.Param)
 
 
-def next_byte_loss(
-    graphdef: Any, params: Any, batch: UInt8[Array, "batch seq_len+1"]
-) -> Float[Array, ""]:
-    """Mean negative log-likelihood, nats per byte, of every byte but the first of each row."""
-    tokens = batch.astype(jnp.int32)
-    logits = nnx.merge(graphdef, params)(tokens[:, :-1])
-    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+def summed_loss(
+    graphdef: Any, params: Any, batch: Batch
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Negative log-likelihood in nats of every token but the first of each document, and how many
+    such tokens there are; both divided by the number of all that could be.
+    """
+    tokens, ids = batch["tokens"], batch.get("segment_ids")
+    seen = None if ids is None else ids[:, :-1]
+    logits = nnx.merge(graphdef, params)(tokens[:, :-1], seen)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+    if ids is None:
+        return losses.mean(), jnp.ones(())
+    counts = target_mask(ids)
+    return jnp.where(counts, losses, 0.0).mean(), counts.mean(dtype=jnp.float32)
 
 
 def train_step(
     state: TrainState,
-    batch: UInt8[Array, "batch seq_len+1"],
+    batch: Batch,
     *,
     graphdef: Any,
     optimizer: optax.GradientTransformation,
     accumulate: int = 1,
     axis_name: str | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """One optimiser step; inside a `pmap` over `axis_name`, gradients and loss are averaged.
+    """One optimiser step on the mean loss over all tokens of a batch.
 
     accumulate: parts of the batch that are computed one after the other, each in less memory.
+    axis_name: of the `pmap` whose devices have a part of the batch each.
     """
 
-    def of_part(part: Array) -> Any:
-        return jax.value_and_grad(lambda params: next_byte_loss(graphdef, params, part))(
-            state.params
-        )
+    def of_part(part: Batch) -> Any:
+        """Loss, weight and gradients."""
+        (loss, weight), grads = jax.value_and_grad(
+            lambda params: summed_loss(graphdef, params, part), has_aux=True
+        )(state.params)
+        return loss, weight, grads
 
     if accumulate == 1:
-        loss, grads = of_part(batch)
+        sums = of_part(batch)
     else:
         # Every part takes rows from all devices.
-        parts = batch.reshape(-1, accumulate, *batch.shape[1:]).swapaxes(0, 1)
-        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(of_part, parts[0]))
-        sums, _ = jax.lax.scan(
-            lambda sums, part: (jax.tree.map(jnp.add, sums, of_part(part)), None), zeros, parts
+        parts = jax.tree.map(
+            lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
         )
-        loss, grads = jax.tree.map(lambda x: x / accumulate, sums)
+        like = jax.eval_shape(of_part, jax.tree.map(lambda x: x[0], parts))
+        sums, _ = jax.lax.scan(
+            lambda sums, part: (jax.tree.map(jnp.add, sums, of_part(part)), None),
+            jax.tree.map(jnp.zeros_like, like),
+            parts,
+        )
     if axis_name is not None:
-        loss, grads = jax.lax.pmean((loss, grads), axis_name)
+        sums = jax.lax.psum(sums, axis_name)
+    loss, weight, grads = sums
+    loss, grads = jax.tree.map(lambda x: x / jnp.maximum(weight, 1e-30), (loss, grads))
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     new = state._replace(step=state.step + 1, params=params, opt_state=opt_state)
