@@ -53,15 +53,6 @@ class Haystack:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Task:
-    """What is hidden, which of it is asked for, and how."""
-
-    facts: list[_Fact]
-    asked: int
-    question: str
-
-
-@dataclasses.dataclass(frozen=True)
 class _Fact:
     """What is hidden: `before`, `value` and `after` are tokenised apart, `value` as asked for."""
 
@@ -69,6 +60,15 @@ class _Fact:
     value: str
     after: str
     depth: float
+
+
+@dataclasses.dataclass(frozen=True)
+class _Task:
+    """What is hidden, which of it is asked for, and how."""
+
+    facts: list[_Fact]
+    asked: int
+    question: str
 
 
 def passkey(haystack: Haystack, *, length: int, depth: float, seed: int) -> Example:
