@@ -96,7 +96,7 @@ class TrainConfig:
     """Bytes per row that are predicted."""
     seed: int = 0
     """Of the parameters, the order of the data and the sample."""
-    model: ModelConfig = PRESETS["tiny"]
+    model: ModelConfig = PRESETS["demo"]
     """The model."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimiser."""
