@@ -2,6 +2,7 @@
 
 from models.config import HybridConfig, ModelConfig
 from models.generate import generate
+from models.huggingface import load_pretrained
 from models.transformer import Transformer
 
-__all__ = ["HybridConfig", "ModelConfig", "Transformer", "generate"]
+__all__ = ["HybridConfig", "ModelConfig", "Transformer", "generate", "load_pretrained"]

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from models.config import ModelConfig
+from models.config import ModelConfig, Remat
 from s2_jax import Pattern
 from s2_jax.nnx import S2Attention
 
 # Made once: a module keeps its initialiser, and two models are equal only if theirs are the same.
 _SMALL = nnx.initializers.normal(0.02)
 _KEEPS_VARIANCE = nnx.initializers.lecun_normal()
+_KEEP_ATTENTION = jax.checkpoint_policies.save_only_these_names(
+    "s2_attention_out", "s2_attention_lse"
+)
 
 
 class RMSNorm(nnx.Module):
@@ -45,18 +50,19 @@ class Block(nnx.Module):
     """Pre-norm attention and MLP, each added to the residual stream."""
 
     def __init__(self, config: ModelConfig, pattern: Pattern, *, rngs: nnx.Rngs) -> None:
-        self.attention_norm = RMSNorm(config.width)
+        self.attention_norm = RMSNorm(config.width, epsilon=config.norm_epsilon)
         self.attention = S2Attention(
             config.width,
             config.num_heads,
             pattern,
             num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
             rope_base=config.rope_base,
             dtype=jnp.dtype(config.dtype),
             implementation=config.implementation,
             rngs=rngs,
         )
-        self.mlp_norm = RMSNorm(config.width)
+        self.mlp_norm = RMSNorm(config.width, epsilon=config.norm_epsilon)
         self.mlp = SwiGLU(config, rngs=rngs)
 
     def __call__(
@@ -79,8 +85,12 @@ class Transformer(nnx.Module):
         shape = (config.vocab_size, config.width)
         self.embed = nnx.Param(_SMALL(rngs.params(), shape, jnp.float32))
         self.blocks = nnx.List([Block(config, pattern, rngs=rngs) for pattern in config.patterns()])
-        self.norm = RMSNorm(config.width)
-        self.head = _linear(config, config.width, config.vocab_size, rngs, _SMALL)
+        self.norm = RMSNorm(config.width, epsilon=config.norm_epsilon)
+        self.head = (
+            None
+            if config.tie_embeddings
+            else _linear(config, config.width, config.vocab_size, rngs, _SMALL)
+        )
 
     def __call__(
         self, tokens: Int[Array, "b l"], segment_ids: Int[Array, "b l"] | None = None
@@ -95,10 +105,23 @@ class Transformer(nnx.Module):
         self, x: Float[Array, "b l d"], segment_ids: Int[Array, "b l"] | None = None
     ) -> Float[Array, "b l v"]:
         """What `__call__` does after the embedding; a gradient with respect to `x` exists."""
-        apply = nnx.remat(Block.__call__) if self.remat else Block.__call__
+        apply = _recomputing(self.remat)
         for block in self.blocks:
             x = apply(block, x, segment_ids)
-        return self.head(self.norm(x)).astype(jnp.float32)
+        x = self.norm(x)
+        if self.head is None:
+            logits = jnp.einsum("bld,vd->blv", x, self.embed[...].astype(self.dtype))
+        else:
+            logits = self.head(x)
+        return logits.astype(jnp.float32)
+
+
+def _recomputing(remat: Remat) -> Callable[..., Array]:
+    """A block's call, under `jax.checkpoint` where the backward pass recomputes it."""
+    if remat == "none":
+        return Block.__call__
+    policy = _KEEP_ATTENTION if remat == "attention" else None
+    return nnx.remat(Block.__call__, policy=policy)
 
 
 def _linear(

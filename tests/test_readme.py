@@ -6,12 +6,14 @@ import re
 import jax
 import pytest
 
-README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=["call", "linen", "nnx", "packed"])
-def test_example_runs(example):
+@pytest.mark.parametrize("example", EXAMPLES, ids=["call", "linen", "nnx", "packed", "pretrained"])
+def test_example_runs(example, monkeypatch):
+    monkeypatch.chdir(ROOT)
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         names = {}
         exec(compile(example, "README.md", "exec"), names)

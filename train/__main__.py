@@ -24,14 +24,14 @@ def parse(arguments: list[str]) -> TrainConfig:
         ValueError: the settings contradict each other.
     """
     preset = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    preset.add_argument("--preset", choices=sorted(PRESETS), default="tiny")
+    preset.add_argument("--preset", choices=sorted(PRESETS), default="demo")
     chosen, others = preset.parse_known_args(arguments)
     return tyro.cli(
         TrainConfig,
         prog="python -m train",
         description=(
             f"{TrainConfig.__doc__} --preset {{{','.join(PRESETS)}}} picks the model that the "
-            "--model options change (tiny by default)."
+            "--model options change (demo by default)."
         ),
         args=others,
         default=dataclasses.replace(TrainConfig(), model=PRESETS[chosen.preset]),

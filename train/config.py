@@ -163,7 +163,7 @@ class TrainConfig:
     """In packed rows, documents begin at multiples of so many tokens, as of the block size."""
     seed: int = 0
     """Of the parameters, the order of the data and the sample."""
-    model: ModelConfig = PRESETS["tiny"]
+    model: ModelConfig = PRESETS["demo"]
     """The model."""
     optimizer: OptimizerConfig = OptimizerConfig()
     """The optimiser."""

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from models import generate
+from models import ModelConfig, generate
 from train.batches import Batches
 from train.config import TrainConfig
 from train.entropy import Entropies
@@ -60,11 +60,17 @@ def introduce(
         f"model       {parameters:,} parameters, {model.num_layers} layers",
         f"devices     {devices} x {jax.devices()[0].device_kind}, {how}",
         *(
-            f"layer {layer}     {'dense' if density == 1 else 'S2'}, skips {1 - density:.1%} of "
+            f"layer {layer}     {_kind(model, layer)}, skips {1 - density:.1%} of "
             f"the blocks that causality leaves"
             for layer, density in enumerate(model.densities(config.seq_len))
         ),
     )
+
+
+def _kind(model: ModelConfig, layer: int) -> str:
+    if model.attention.is_dense(layer):
+        return "dense"
+    return {"s2": "S2"}.get(model.attention.kind, model.attention.kind)
 
 
 def write_report(
