@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec, get_abstract_mesh
 from jaxtyping import Array, Float, Int
 
 from models.config import ModelConfig, Remat
@@ -105,15 +106,34 @@ class Transformer(nnx.Module):
         self, x: Float[Array, "b l d"], segment_ids: Int[Array, "b l"] | None = None
     ) -> Float[Array, "b l v"]:
         """What `__call__` does after the embedding; a gradient with respect to `x` exists."""
+        return self.logits(self.features(x, segment_ids))
+
+    def features(
+        self, x: Float[Array, "b l d"], segment_ids: Int[Array, "b l"] | None = None
+    ) -> Float[Array, "b l d"]:
+        """The residual stream after all layers, normed."""
         apply = _recomputing(self.remat)
+        x = batch_first(x)
         for block in self.blocks:
-            x = apply(block, x, segment_ids)
-        x = self.norm(x)
+            x = batch_first(apply(block, x, segment_ids))
+        return self.norm(x)
+
+    def logits(self, x: Float[Array, "b l d"]) -> Float[Array, "b l v"]:
+        """Float32, of what `features` gives, or of some of its positions."""
         if self.head is None:
             logits = jnp.einsum("bld,vd->blv", x, self.embed[...].astype(self.dtype))
         else:
             logits = self.head(x)
         return logits.astype(jnp.float32)
+
+
+def batch_first(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
+    """The same, split over the mesh in scope by batch alone: parameters come to where rows are.
+
+    The mesh that `jax.set_mesh` put in scope may have axes data and fsdp; without, nothing changes.
+    """
+    axes = tuple(axis for axis in ("data", "fsdp") if axis in get_abstract_mesh().axis_names)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
 
 
 def _recomputing(remat: Remat) -> Callable[..., Array]:

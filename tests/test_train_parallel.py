@@ -5,12 +5,14 @@ import re
 
 import jax
 import numpy as np
+import optax
 import pytest
 
 from models import HybridConfig, ModelConfig
+from train import step
 from train.config import MeshConfig, OptimizerConfig, TrainConfig
 from train.parallel import check_devices, make_program
-from train.step import make_optimizer
+from train.step import abstract_state, make_optimizer, make_state, summed_loss
 
 MODEL = ModelConfig(
     num_layers=2, width=16, num_heads=4, num_kv_heads=2, mlp_width=24,
@@ -72,6 +74,22 @@ def test_sharing_out_changes_rounding_alone(alone, changes):
     assert alone[0][-1] < alone[0][0] - 0.3
     for a, b in zip(jax.tree.leaves(shared[1]), jax.tree.leaves(alone[1]), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
+def test_logits_of_long_rows_are_made_in_parts(monkeypatch):
+    graphdef, _ = abstract_state(MODEL, optax.sgd(0.1))
+    params = make_state(MODEL, optax.sgd(0.1))(jax.random.key(0)).params
+    rng = np.random.default_rng(0)
+    batch = {"tokens": rng.integers(0, 256, (2, 61)).astype(np.int32)}
+    batch["segment_ids"] = np.sort(rng.integers(0, 4, (2, 61))).astype(np.int32)
+
+    def run():
+        return jax.value_and_grad(lambda p: summed_loss(graphdef, p, batch), has_aux=True)(params)
+
+    whole = run()
+    monkeypatch.setattr(step, "_LOGITS_AT_ONCE", 16)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(run()), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-7)
 
 
 def test_parameters_and_moments_are_split_by_rule():

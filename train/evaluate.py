@@ -1,20 +1,232 @@
-"""Validation loss in bits per byte."""
+"""`python -m train.evaluate RUN`: does a model use its context?
+
+Loss by position in the row: does it keep falling? And retrieval over depth and length: is what was
+hidden found again? At any lengths, whatever the run was trained at.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+import json
 import math
-from typing import Any
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from train.batches import Batches
-from train.parallel import Program
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tyro
+from flax import nnx
+from rich.console import Console
+from rich.table import Table
+
+from train.batches import Batches, load_batches
+from train.evaluation_plots import save_heat_map, save_loss_by_position
+from train.folder import write_text
+from train.retrieval import Example, Haystack, associative_recall, multi_needle, passkey
+from train.saved import SavedRun, load_run
+from train.step import target_mask
+
+Task = Literal["loss", "passkey", "needles", "recall"]
+_RETRIEVAL: dict[Task, Callable[..., Example]] = {
+    "passkey": passkey,
+    "needles": multi_needle,
+    "recall": associative_recall,
+}
+# Tokens to predictions, [batch, length] each; argument 2: segment ids or None.
+Predict = Callable[[Any, Any], Any]
 
 
-def bits_per_byte(program: Program, params: Any, data: Batches) -> float:
-    """Mean over the tokens of all validation batches; `params` as placed by the program."""
-    number = len(data.validation["tokens"])
-    results = [
-        program.eval_step(params, {name: x[i] for name, x in data.validation.items()})
-        for i in range(number)
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Evaluates the last checkpoint of a run; writes JSON and pictures into its folder."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Folder of the run."""
+    lengths: tuple[int, ...] = ()
+    """Tokens in a row; that of the training and four times as many if left out."""
+    tasks: tuple[Task, ...] = ("loss", "passkey", "needles", "recall")
+    """What to evaluate."""
+    batches: int = 16
+    """Batches for the loss."""
+    batch_size: int = 4
+    """Rows at a time."""
+    depths: int = 5
+    """Places in the text where something is hidden, from the start to the end."""
+    samples: int = 16
+    """Questions for each depth and length."""
+    seed: int = 0
+    """Of the questions."""
+
+    def __post_init__(self) -> None:
+        for name in ("batches", "batch_size", "depths", "samples"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name}={value!r} must be positive")
+        if self.lengths and min(self.lengths) < 2:
+            raise ValueError(f"lengths={self.lengths!r} must be 2 or more")
+        if not self.tasks:
+            raise ValueError("tasks must name at least one")
+
+
+def evaluate(settings: Settings, console: Console) -> dict[str, Any]:
+    """What the JSON holds.
+
+    Raises:
+        ValueError: there is no run, or its text is too short for a length.
+    """
+    saved = load_run(settings.run, console.print)
+    lengths = settings.lengths or (saved.config.seq_len, 4 * saved.config.seq_len)
+    out = saved.folder.root / f"evaluation-{saved.step}"
+    out.mkdir(exist_ok=True)
+    result: dict[str, Any] = {
+        "step": saved.step,
+        "trained_at": saved.config.seq_len,
+        "settings": dataclasses.asdict(settings) | {"run": None, "lengths": list(lengths)},
+    }
+    data = {length: _text(saved, settings, length) for length in dict.fromkeys(lengths)}
+    if "loss" in settings.tasks:
+        losses = _loss_function(saved)
+        result["loss"] = {
+            length: loss_by_position(losses, text, length) for length, text in data.items()
+        }
+        save_loss_by_position(out / "loss.png", result["loss"], saved.config.seq_len)
+    predict = _predict_function(saved)
+    for task in settings.tasks:
+        if task in _RETRIEVAL:
+            found = {
+                length: accuracies(predict, _RETRIEVAL[task], text, length, settings)
+                for length, text in data.items()
+            }
+            result[task] = found
+            save_heat_map(out / f"{task}.png", task, found, saved.config.seq_len)
+    write_text(out / "evaluation.json", json.dumps(result, indent=1) + "\n")
+    _show(result, console)
+    console.print(f"written to {out}", highlight=False, markup=False, soft_wrap=True)
+    return result
+
+
+def _text(saved: SavedRun, settings: Settings, length: int) -> Batches:
+    report = dataclasses.replace(saved.config.report, eval_batches=settings.batches)
+    return load_batches(
+        dataclasses.replace(
+            saved.config, seq_len=length, batch_size=settings.batch_size, report=report
+        )
+    )
+
+
+def _loss_function(saved: SavedRun) -> Predict:
+    @jax.jit
+    def losses(params: Any, tokens: Any, ids: Any) -> Any:
+        logits = nnx.merge(saved.graphdef, params)(
+            tokens[:, :-1], None if ids is None else ids[:, :-1]
+        )
+        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+
+    return lambda tokens, ids: losses(saved.params, tokens, ids)
+
+
+def _predict_function(saved: SavedRun) -> Predict:
+    @jax.jit
+    def predict(params: Any, tokens: Any) -> Any:
+        return jnp.argmax(nnx.merge(saved.graphdef, params)(tokens), axis=-1)
+
+    return lambda tokens, ids: predict(saved.params, tokens)
+
+
+def loss_by_position(losses: Predict, text: Batches, length: int) -> dict[str, Any]:
+    """Mean bits per token between positions that double, and over all.
+
+    Returns:
+      edges: bucket i holds positions edges[i] <= t < edges[i + 1]. bits: of each. mean: bits per
+      token over all that count; mean_per_byte: the same per byte. tokens: how many those are.
+    """
+    sums, counts = np.zeros(length), np.zeros(length)
+    for i in range(len(text.validation["tokens"])):
+        tokens, ids = (
+            text.validation[name][i] if name in text.validation else None
+            for name in ("tokens", "segment_ids")
+        )
+        assert tokens is not None
+        found = np.asarray(losses(tokens, ids), np.float64)
+        counts_here = np.ones(found.shape) if ids is None else target_mask(ids).astype(float)
+        sums += (found * counts_here).sum(axis=0)
+        counts += counts_here.sum(axis=0)
+    edges = [0, *(1 << n for n in range(4, length.bit_length()) if 1 << n < length), length]
+    bits = [
+        float(sums[a:b].sum() / max(1.0, counts[a:b].sum()) / math.log(2))
+        for a, b in itertools.pairwise(edges)
     ]
-    losses, weights = (sum(map(float, column)) for column in zip(*results))
-    return losses / weights / math.log(2) / data.bytes_per_token
+    mean = float(sums.sum() / counts.sum() / math.log(2))
+    return {
+        "edges": edges, "bits": bits, "mean": mean, "mean_per_byte": mean / text.bytes_per_token,
+        "tokens": int(counts.sum()),
+    }  # fmt: skip
+
+
+def accuracies(
+    predict: Predict,
+    make: Callable[..., Example],
+    text: Batches,
+    length: int,
+    settings: Settings,
+) -> dict[str, Any]:
+    """Share of the questions at each depth whose answer greedy decoding would give in full."""
+    haystack = Haystack(text.validation["tokens"].reshape(-1), text.tokenizer)
+    depths = np.linspace(0, 1, settings.depths)
+    right = []
+    for number, depth in enumerate(depths):
+        examples = [
+            make(haystack, length=length, depth=float(depth),
+                 seed=settings.seed + number * settings.samples + sample)
+            for sample in range(settings.samples)
+        ]  # fmt: skip
+        right.append(sum(answered(predict, examples, settings.batch_size)) / len(examples))
+    return {"depths": depths.tolist(), "accuracy": right}
+
+
+def answered(predict: Predict, examples: list[Example], batch_size: int) -> list[bool]:
+    """Whether each answer is the likeliest, token by token."""
+    found = []
+    for start in range(0, len(examples), batch_size):
+        some = examples[start : start + batch_size]
+        tokens = np.stack([example.tokens for example in some])
+        padded = np.pad(tokens, ((0, batch_size - len(some)), (0, 0)))
+        guesses = np.asarray(predict(padded, None))
+        for row, example in zip(guesses, some):  # the token before predicts
+            at = slice(example.answer.start - 1, example.answer.stop - 1)
+            found.append(bool((row[at] == example.tokens[example.answer]).all()))
+    return found
+
+
+def _show(result: dict[str, Any], console: Console) -> None:
+    table = Table("tokens", *(name for name in ("loss", *_RETRIEVAL) if name in result))
+    lengths = next(result[name] for name in ("loss", *_RETRIEVAL) if name in result)
+    for length in lengths:
+        cells = [f"{length}" + (" (trained)" if length == result["trained_at"] else "")]
+        if "loss" in result:
+            cells.append(f"{result['loss'][length]['mean_per_byte']:.3f} bits/byte")
+        cells += [
+            f"{np.mean(result[name][length]['accuracy']):.0%}"
+            for name in _RETRIEVAL
+            if name in result
+        ]
+        table.add_row(*cells)
+    console.print(table)
+
+
+def main() -> None:
+    console = Console()
+    try:
+        evaluate(tyro.cli(Settings, prog="python -m train.evaluate"), console)
+    except ValueError as error:
+        errors = Console(stderr=True, soft_wrap=True)
+        errors.print(f"error: {error}", style="red", highlight=False, markup=False)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -16,7 +16,6 @@ from train.batches import Batches, load_batches
 from train.board import Board
 from train.checkpoint import Checkpoints
 from train.config import ReportConfig, TrainConfig
-from train.evaluate import bits_per_byte
 from train.folder import RunFolder, check_folder
 from train.metrics import MetricsFile, Record
 from train.parallel import Program, check_devices, make_program
@@ -24,6 +23,7 @@ from train.progress import Clock, Progress
 from train.report import Report, describe, introduce, write_report
 from train.step import TrainState, learning_rate_schedule, make_optimizer
 from train.stop import Stopped, StopSignal
+from train.validation import bits_per_byte
 
 
 @dataclasses.dataclass(frozen=True)

@@ -96,11 +96,18 @@ def _jit_program(
             for name, x in batch.items()
         }
 
+    def in_mesh(call: Callable[..., Any]) -> Callable[..., Any]:
+        def inside(*args: Any) -> Any:
+            with jax.set_mesh(mesh):
+                return call(*args)
+
+        return inside
+
     return Program(
         graphdef,
         init=lambda seed: init(jax.random.key(seed)),
-        train_step=lambda state, batch: train(state, share(batch)),
-        eval_step=lambda params, batch: evaluate(params, share(batch)),
+        train_step=in_mesh(lambda state, batch: train(state, share(batch))),
+        eval_step=in_mesh(lambda params, batch: evaluate(params, share(batch))),
         like=jax.tree.map(
             lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), abstract, lie
         ),

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int, UInt32
 from models import ModelConfig, Transformer
 from train.config import OptimizerConfig
 
+_LOGITS_AT_ONCE = 4096  # positions
 # tokens, int32 [batch, seq_len + 1], and where rows hold several documents segment_ids, alike
 Batch = dict[str, Array]
 
@@ -116,13 +117,24 @@ def summed_loss(
     such tokens there are; both divided by the number of all that could be.
     """
     tokens, ids = batch["tokens"], batch.get("segment_ids")
+    model = nnx.merge(graphdef, params)
+    targets = tokens[:, 1:]
+    counts = jnp.ones(targets.shape, bool) if ids is None else target_mask(ids)
     seen = None if ids is None else ids[:, :-1]
-    logits = nnx.merge(graphdef, params)(tokens[:, :-1], seen)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-    if ids is None:
-        return losses.mean(), jnp.ones(())
-    counts = target_mask(ids)
-    return jnp.where(counts, losses, 0.0).mean(), counts.mean(dtype=jnp.float32)
+    x = model.features(model.embeddings(tokens[:, :-1]), seen)
+
+    @jax.checkpoint
+    def loss_of(x: Array, targets: Array, counts: Array) -> Array:
+        losses = optax.softmax_cross_entropy_with_integer_labels(model.logits(x), targets)
+        return jnp.where(counts, losses, 0.0).sum()
+
+    # The logits of a long row, or of many tokens, would be the largest array of all.
+    parts: list[tuple[Any, ...]] = [(x, targets, counts)]
+    if x.shape[1] > _LOGITS_AT_ONCE:
+        places = range(0, x.shape[1], _LOGITS_AT_ONCE)
+        parts = [tuple(array[:, at : at + _LOGITS_AT_ONCE] for array in parts[0]) for at in places]
+    loss = jnp.stack([loss_of(*part) for part in parts]).sum() / targets.size
+    return loss, counts.mean(dtype=jnp.float32)
 
 
 def train_step(

@@ -22,7 +22,7 @@ def attention_flops(config: ModelConfig, seq_len: int) -> float:
     flops = sum(
         pattern.flops(
             config.num_heads, seq_len, seq_len, config.num_kv_heads,
-            head_dim=config.head_dim, backward=backward,
+            head_dim=config.head_features, backward=backward,
         )
         for pattern in config.patterns()
         for backward in (False, True)
@@ -32,7 +32,7 @@ def attention_flops(config: ModelConfig, seq_len: int) -> float:
 
 def matmul_flops(config: ModelConfig) -> float:
     """A token, forward and backward: products with parameters, the embedding's lookup left out."""
-    heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+    heads = (2 * config.num_heads + 2 * config.num_kv_heads) * config.head_features
     layer = config.width * (heads + 3 * config.mlp_width)
     return 6.0 * (config.num_layers * layer + config.width * config.vocab_size)
 

@@ -1,0 +1,61 @@
+"""A run that was saved: its settings and the parameters of its last whole checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from train.checkpoint import Checkpoints
+from train.config import MeshConfig, TrainConfig
+from train.folder import RunFolder
+from train.parallel import make_program
+from train.step import make_optimizer
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedRun:
+    """graphdef, params: `nnx.merge` makes the model of them. step: of the checkpoint."""
+
+    folder: RunFolder
+    config: TrainConfig
+    graphdef: Any
+    params: Any
+    step: int
+
+
+def load_run(root: Path, say: Callable[[str], object]) -> SavedRun:
+    """Onto the first device.
+
+    Raises:
+        ValueError: the folder holds no run, or none of its checkpoints is whole.
+    """
+    folder = RunFolder(root)
+    if not folder.config.is_file():
+        raise ValueError(f"{str(root)!r} holds no run: no config.json in it")
+    settings = json.loads(folder.config.read_text(encoding="utf-8"))
+    config = dataclasses.replace(
+        _build(TrainConfig, settings), out=root, parallel="jit", mesh=MeshConfig(), accumulate=1
+    )
+    program = make_program(config, make_optimizer(config.optimizer, config.steps))
+    with Checkpoints(folder.checkpoints, config.report.keep) as checkpoints:
+        state, _ = checkpoints.restore(program.like, say)
+    return SavedRun(folder, config, program.graphdef, state.params, int(state.step))
+
+
+def _build(cls: type[Any], values: dict[str, Any]) -> Any:
+    """A dataclass of plain JSON values, nested ones too."""
+    hints = typing.get_type_hints(cls)
+    return cls(**{name: _value(hints[name], value) for name, value in values.items()})
+
+
+def _value(kind: Any, value: Any) -> Any:
+    if isinstance(kind, types.UnionType) and value is not None:
+        [kind] = [one for one in kind.__args__ if one is not type(None)][:1]
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        return _build(kind, value)
+    return Path(value) if kind is Path and value is not None else value
