@@ -33,7 +33,9 @@ def summary(prepared: Prepared) -> list[Table | str]:
     """A table of the splits, one of the longest documents, and what was left out."""
     found, split = prepared.found, prepared.split
     sides = dict(zip(SPLITS, (split.train, split.validation)))
-    splits, longest = Table("split"), Table("longest documents", "split")
+    splits = Table(pad_edge=False)
+    longest = Table("longest documents", "split")
+    splits.add_column("split", no_wrap=True)
     for header in ("documents", "tokens", "bytes/token", *_LONG):
         splits.add_column(header, justify="right", no_wrap=True)
     longest.add_column("tokens", justify="right", no_wrap=True)
