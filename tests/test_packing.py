@@ -130,6 +130,14 @@ def test_a_document_of_exactly_a_row_is_one_whole_row():
 
 
 @pytest.mark.parametrize("packing", ["packed", "whole"])
+def test_rows_of_a_long_document_are_spread_over_the_epoch(packing):
+    rows = rows_of([31 * 20, 31 * 20], packing=packing)
+    starts = epoch_of(rows)["tokens"][:, 0]
+    assert len(starts) == 40
+    assert (np.diff(starts) == 31).sum() < 10
+
+
+@pytest.mark.parametrize("packing", ["packed", "whole"])
 def test_the_order_is_a_function_of_seed_and_epoch(packing):
     rows = rows_of(packing=packing)
     first, again = epoch_of(rows, 1, 2), epoch_of(rows, 1, 2)
