@@ -6,15 +6,17 @@ Made for two CPU cores and four minutes; on a GPU the same command trains with t
 from __future__ import annotations
 
 import datetime
+import sys
 import time
 from pathlib import Path
 
 from rich.console import Console
 
-from models import HybridConfig, ModelConfig
+from models.presets import PRESETS
 from train.agreement import agreement_table, demo_patterns
 from train.config import ReportConfig, TrainConfig
 from train.loop import prepare, train
+from train.stop import Stopped
 
 
 def demo_config(out: Path) -> TrainConfig:
@@ -24,14 +26,7 @@ def demo_config(out: Path) -> TrainConfig:
         steps=260,
         batch_size=4,
         seq_len=512,
-        model=ModelConfig(
-            num_layers=4,
-            width=128,
-            num_heads=4,
-            num_kv_heads=4,
-            mlp_width=384,
-            attention=HybridConfig(dense_first=1, block_size=16, local_blocks=2, vert_stride=4),
-        ),
+        model=PRESETS["demo"],
         report=ReportConfig(log_every=10, eval_every=50, checkpoint_every=100, sample_bytes=200),
     )
 
@@ -43,7 +38,10 @@ def main() -> None:
     console.print(agreement_table(demo_patterns()))
     console.rule("training")
     out = Path("runs") / f"demo-{datetime.datetime.now():%Y-%m-%d-%H%M%S}"
-    report = train(prepare(demo_config(out)), console)
+    try:
+        report = train(prepare(demo_config(out)), console)
+    except Stopped as stop:
+        sys.exit(str(stop))
     assert report is not None  # this is the only process
     assert report.entropies is not None  # of plain bytes
     better = report.validation < report.entropies.bigram
