@@ -18,15 +18,21 @@ def pytest_configure(config):
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# Every example compiles, so that shrinking one would take minutes; the "deep" profile does.
-settings.register_profile(
-    "default",
-    max_examples=10,
-    deadline=None,
-    derandomize=True,
-    print_blob=True,
-    phases=(Phase.explicit, Phase.generate),
-)
+
+def register(name, max_examples):
+    """Every example compiles, so that shrinking one would take minutes; "deep" does."""
+    settings.register_profile(
+        name,
+        max_examples=max_examples,
+        deadline=None,
+        derandomize=True,
+        print_blob=True,
+        phases=(Phase.explicit, Phase.generate),
+    )
+
+
+register("default", 5)
+register("gpu", 10)
 settings.register_profile("deep", max_examples=80, deadline=None, print_blob=True)
 settings.load_profile("default")  # --hypothesis-profile comes after this
 

@@ -1,6 +1,7 @@
 """Drawn calls: patterns x shapes x tiles x dtypes x what is hidden, against the dense oracle.
 
-pytest tests/test_drawn.py --hypothesis-profile=deep     # 2560 calls instead of 320
+pytest tests/test_drawn.py --hypothesis-profile=deep      # 2560 calls instead of 160
+pytest -m gpu tests/test_drawn.py --hypothesis-profile=gpu  # 320 for each launcher
 """
 
 import pytest

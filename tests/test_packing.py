@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from train.batches import load_batches, target_mask
+from train.batches import load_batches
 from train.config import ReportConfig, TrainConfig
 from train.data import load_data
 from train.loop import prepare as prepare_run
@@ -14,6 +14,7 @@ from train.packing import Rows, train_rows, validation_rows
 from train.plan import packed_plan, whole_plan
 from train.prepare import PrepareConfig, prepare
 from train.shards import Split
+from train.step import target_mask
 
 LENGTHS = np.random.default_rng(0).integers(1, 101, 211)
 

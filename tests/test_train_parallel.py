@@ -59,11 +59,8 @@ def on_one_device():
     "changes",
     [
         {"mesh": EIGHT},
-        {"mesh": MeshConfig(data=8)},
         {"mesh": MeshConfig(fsdp=8)},
-        {"mesh": MeshConfig(tensor=2)},
         {"parallel": "pmap"},
-        {"accumulate": 4},
         {"mesh": MeshConfig(data=2, tensor=2), "accumulate": 2},
     ],
     ids=str,

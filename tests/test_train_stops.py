@@ -1,6 +1,7 @@
 """Runs that end early: damaged checkpoints, SIGTERM, numbers that are not finite."""
 
 import dataclasses
+import gc
 import os
 import shutil
 import signal
@@ -29,6 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 def standard_dtypes():
     with jax.numpy_dtype_promotion("standard"):
         yield
+    gc.collect()  # now, and not in another module's test
 
 
 @pytest.fixture(scope="module")
