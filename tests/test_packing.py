@@ -9,7 +9,6 @@ import pytest
 from train.batches import load_batches
 from train.config import ReportConfig, TrainConfig
 from train.data import load_data
-from train.loop import prepare as prepare_run
 from train.packing import Rows, train_rows, validation_rows
 from train.plan import packed_plan, whole_plan
 from train.prepare import PrepareConfig, prepare
@@ -311,9 +310,3 @@ def test_what_goes_with_prepared_text_only_is_refused_for_bytes(texts):
     for change in ({"packing": "whole"}, {"align": 16}):
         with pytest.raises(ValueError, match="go with prepared data only"):
             load_batches(config_of(texts, **change))
-
-
-def test_a_run_of_plain_bytes_refuses_prepared_text(texts, tmp_path):
-    prepare(PrepareConfig(str(texts), tmp_path / "shards"))
-    with pytest.raises(ValueError, match="is prepared"):
-        prepare_run(config_of(tmp_path / "shards", out=tmp_path / "run"))
