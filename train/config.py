@@ -135,7 +135,7 @@ class ReportConfig:
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """Train a decoder-only transformer with dense and S2 layers on text, byte by byte."""
+    """Train a decoder-only transformer with dense and S2 layers on text."""
 
     data: Path | None = None
     """Folder of text files, or of shards from train.prepare; Python's own library if left out."""
