@@ -25,7 +25,7 @@ from pallas_kernels.call import (
 from pallas_kernels.lowering import call_kernel
 from pallas_kernels.program import Program, QueryTile
 from pallas_kernels.rows import load_rows, store_rows, store_scalars
-from pallas_kernels.softmax import Pinned, Softmax, dot
+from pallas_kernels.softmax import LEAST_FLOAT16_WEIGHT, LEAST_TOTAL, Pinned, Softmax, dot
 from pallas_kernels.walk import ListMeta, Turn, Walk
 
 
@@ -77,7 +77,12 @@ def s2_forward_kernel(
     carry = pinned.release()
     store(carry)
 
-    @pl.when((taken > 0) & carry.out_of_range(tile.counts(program)))
+    least: Any = LEAST_TOTAL
+    if v_ref.dtype == jnp.float16:
+        keys = (taken * meta.tile).astype(jnp.float32)
+        least = jnp.maximum(keys * LEAST_FLOAT16_WEIGHT, LEAST_TOTAL)
+
+    @pl.when((taken > 0) & carry.out_of_range(tile.counts(program), least))
     def _() -> None:
         store(walk.everything(attend, start))
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import struct
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,10 @@ LOG2_E = math.log2(math.e)
 # infinity from infinity; masked scores are -inf, so that no rounding can make them count.
 LOWEST = -1e30
 # Sums of weights relative to a pinned peak lie between these. Where the peak is that of scores
-# seen, the sum is at least about 1; where it is 0, float16 weights below 1/2 start to lose bits.
-_LEAST_TOTAL, _GREATEST_TOTAL = 0.5, 2.0**100
+# seen, the sum is at least about 1.
+LEAST_TOTAL, _GREATEST_TOTAL = 0.5, 2.0**100
+# A subnormal float16 weight is off by up to 2**-25, which the sum of all must hide.
+LEAST_FLOAT16_WEIGHT = 2.0**-14
 _LANES = 4
 _SQRT_HALF = 0x3F3504F3  # the bits of float32 0.7071
 
@@ -79,11 +81,13 @@ class Softmax(NamedTuple):
         peak = jnp.where(self.total > 0, self.peak, 0.0)
         return Pinned(self.out, peak, self.total, jnp.zeros((peak.size, _LANES), jnp.float32))
 
-    def out_of_range(self, counts: jax.Array | None) -> jax.Array:
+    def out_of_range(self, counts: jax.Array | None, least: Any = LEAST_TOTAL) -> jax.Array:
         """Whether weights relative to a pinned peak were too large or too small for their dtype in
         any row that counts (None: all do): then everything must be taken in again, by `step`.
+
+        least: the smallest sum of weights that is exact enough.
         """
-        fits = (self.total >= _LEAST_TOTAL) & (self.total <= _GREATEST_TOTAL)
+        fits = (self.total >= least) & (self.total <= _GREATEST_TOTAL)
         finite = jnp.min(jnp.where(jnp.abs(self.out) < jnp.inf, 1, 0), axis=1) > 0
         good = fits & finite
         if counts is not None:

@@ -121,6 +121,19 @@ def test_agrees_with_the_oracle(call, implementation):
     check(call, implementation)
 
 
+def test_many_small_float16_weights_add_up(implementation):
+    """No row has seen a masked tile, so that weights are relative to 0: all are subnormal."""
+    query = jnp.full((1, 16, 1, 16), -0.0831 * 11, jnp.float16)
+    key = jnp.full((1, 32768, 1, 16), 0.75, jnp.float16)
+    tile = Tile(16, 128, num_warps=4, num_stages=1)
+    out = s2_jax.s2_attention(
+        query, key, jnp.ones_like(key), s2_jax.dense(block_size=128, causal=False), scale=1.0,
+        implementation=implementation,
+        tiles=TileConfig(tile, tile, tile) if implementation != "reference" else None,
+    )  # fmt: skip
+    np.testing.assert_array_equal(np.asarray(out), 1.0)
+
+
 def test_no_query_depends_on_later_tokens(implementation):
     """Causality, proven by gradients: d out[:, t] / d key[:, t'] is exactly 0 for t' > t."""
     call = AttentionCall(S2_16, q_len=67, kv_len=67)

@@ -87,8 +87,11 @@ def test_everything_at_two_lengths(trained):
         trained.out, lengths=(37, 400), tasks=("loss", "passkey"), batches=2, batch_size=2,
         depths=2, samples=2,
     )  # fmt: skip
-    with pytest.raises(ValueError, match="length=37 must be from"):  # no room for the question
+    with pytest.raises(ValueError, match="passkey: length=37 must be from"):  # no room to ask
         evaluate(chosen, Console(file=output))
+    short = dataclasses.replace(chosen, lengths=(37,), tasks=())
+    assert set(evaluate(short, Console(file=output))) >= {"loss"}
+    assert "passkey is left out" in output.getvalue()
     result = evaluate(
         dataclasses.replace(chosen, lengths=(300, 400)), Console(file=output, width=200)
     )
@@ -109,7 +112,7 @@ def test_everything_at_two_lengths(trained):
     [
         ({"samples": 0}, "samples=0 must be positive"),
         ({"lengths": (1,)}, "lengths=\\(1,\\) must be 2 or more"),
-        ({"tasks": ()}, "tasks must name at least one"),
+        ({"seed": -1}, "seed=-1 must be 0 or more"),
     ],
     ids=str,
 )

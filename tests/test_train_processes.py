@@ -97,6 +97,7 @@ def test_two_processes_compute_what_one_does(tmp_path):
         ({"count": 2}, "contradict each other"),
         ({"coordinator": "localhost:1", "count": 2, "index": 2}, "index=2 must be from 0"),
         ({"count": 0}, "count=0 must be positive"),
+        ({"coordinator": "junk", "count": 2}, "coordinator='junk' must be HOST:PORT"),
     ],
     ids=str,
 )

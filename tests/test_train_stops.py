@@ -97,6 +97,15 @@ def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(whole, tmp_path,
     assert_same(last_checkpoint(whole), last_checkpoint(hurt))
 
 
+def test_the_same_step_may_be_damaged_twice(whole, tmp_path):
+    hurt = copy(whole, tmp_path / "run")
+    for name in ("damaged-checkpoint-7", "damaged-checkpoint-7-2"):
+        largest = max(files_of_last(hurt), key=lambda path: path.stat().st_size)
+        damage(largest, "empty")
+        assert "the checkpoint of step 7 is damaged" in run(hurt)
+        assert (hurt.out / name).is_dir()
+
+
 def test_a_run_without_a_whole_checkpoint_says_so(whole, tmp_path):
     hurt = copy(whole, tmp_path / "run")
     for path in (hurt.out / "checkpoints").rglob("*"):

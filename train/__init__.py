@@ -1,1 +1,1 @@
-"""Trains the hybrid transformer on a folder of text, byte by byte; `python -m train --help`."""
+"""Trains the hybrid transformer on text, plain or prepared; `python -m train --help`."""

@@ -23,7 +23,7 @@ def parse(arguments: list[str]) -> TrainConfig:
         SystemExit: help was asked for, or an option is unknown or malformed.
         ValueError: the settings contradict each other.
     """
-    preset = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    preset = argparse.ArgumentParser(prog="python -m train", add_help=False, allow_abbrev=False)
     preset.add_argument("--preset", choices=sorted(PRESETS), default="demo")
     chosen, others = preset.parse_known_args(arguments)
     return tyro.cli(
@@ -44,16 +44,25 @@ def main() -> None:
         console = join(config.processes)
         run = prepare(config)
         wait_for_all("prepared")
-    except ValueError as error:
-        errors = Console(stderr=True, soft_wrap=True)
-        errors.print(f"error: {error}", style="red", highlight=False, markup=False)
+    except (ValueError, OSError) as error:
+        _say_error(error)
         sys.exit(2)
     try:
         train(run, console)
     except (KeyboardInterrupt, Stopped) as stop:
         what = str(stop) or "stopped"
-        console.print(f"{what}; --resume --out {run.folder.root} continues", markup=False)
+        saved = any(path.name.isdigit() for path in run.folder.checkpoints.glob("*"))
+        then = f"--resume --out {run.folder.root} and the same settings continue"
+        console.print(f"{what}; {then if saved else 'nothing was saved yet'}", markup=False)
         sys.exit(143 if isinstance(stop, Stopped) else 130)
+    except (FloatingPointError, OSError) as error:
+        _say_error(error)
+        sys.exit(1)
+
+
+def _say_error(error: Exception) -> None:
+    errors = Console(stderr=True, soft_wrap=True)
+    errors.print(f"error: {error}", style="red", highlight=False, markup=False)
 
 
 if __name__ == "__main__":

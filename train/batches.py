@@ -53,7 +53,7 @@ def _from_shards(config: TrainConfig, shard_index: int, num_shards: int) -> Batc
     if (model := config.model.vocab_size) != shards.vocab_size:
         raise ValueError(
             f"vocab_size={model!r} of the model must be the vocab_size={shards.vocab_size!r} of "
-            f"data={str(config.data)!r}"
+            f"data={str(config.data)!r}: pass --model.vocab-size {shards.vocab_size}"
         )
     train, validation = (
         Rows(split, config.seq_len, config.packing, config.align)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -66,14 +67,15 @@ class Checkpoints:
         )
 
     def restore(
-        self, like: TrainState, say: Callable[[str], object]
+        self, like: TrainState, say: Callable[[str], object], *, put_aside: bool = True
     ) -> tuple[TrainState, dict[str, Any]]:
         """State and data position of the last checkpoint that is whole.
 
-        Damaged ones are put aside, which `say` is told.
+        `say` is told of damaged ones.
 
         Args:
           like: arrays or `jax.ShapeDtypeStruct`s, which may say where the state is to lie.
+          put_aside: damaged ones, so that the run can save those steps again.
 
         Raises:
           ValueError: none is whole.
@@ -87,7 +89,8 @@ class Checkpoints:
             except Exception as error:  # damage may show in any way
                 why = f"{type(error).__name__}: {error}".splitlines()[0][:200]
                 say(f"the checkpoint of step {step} is damaged, the one before is used ({why})")
-                self._put_aside(step)
+                if put_aside:
+                    self._put_aside(step)
         raise ValueError(f"no whole checkpoint is left in {str(self._manager.directory)!r}")
 
     def _steps(self) -> list[int]:
@@ -97,7 +100,10 @@ class Checkpoints:
     def _put_aside(self, step: int) -> None:
         if jax.process_index() == 0:
             folder = Path(self._manager.directory)
-            (folder / str(step)).rename(folder.parent / f"damaged-checkpoint-{step}")
+            name = f"damaged-checkpoint-{step}"
+            names = (name if n == 1 else f"{name}-{n}" for n in itertools.count(1))
+            free = next(n for n in names if not (folder.parent / n).exists())
+            (folder / str(step)).rename(folder.parent / free)
         self._manager.reload()
 
 

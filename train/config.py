@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -60,6 +61,9 @@ class ProcessConfig:
                 f"coordinator={self.coordinator!r} and count={self.count} contradict each other: "
                 "several processes need a coordinator, and one has none"
             )
+        host, _, port = (self.coordinator or "localhost:1").rpartition(":")
+        if not host or not port.isdigit():
+            raise ValueError(f"coordinator={self.coordinator!r} must be HOST:PORT")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +97,11 @@ class OptimizerConfig:
         for name in ("b1", "b2"):
             if not 0 <= (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name}={value!r} must be from 0 to below 1")
-        if self.weight_decay < 0:
+        if self.schedule == "wsd" and self.warmup + self.decay > 1:
+            raise ValueError(
+                f"warmup={self.warmup!r} and decay={self.decay!r} must not be more than all steps"
+            )
+        if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay={self.weight_decay!r} must be 0 or more")
 
 
@@ -129,7 +137,7 @@ class ReportConfig:
             "keep",
             "sample_bytes",
         )
-        if self.temperature < 0:
+        if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature={self.temperature!r} must be 0 or more")
 
 
@@ -172,10 +180,13 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_positive(self, "steps", "batch_size", "accumulate", "seq_len", "align")
-        if self.seed < 0:
-            raise ValueError(f"seed={self.seed!r} must be 0 or more")
+        if not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"seed={self.seed!r} must be from 0 to below 2**32")
         if self.model.vocab_size != NUM_BYTES and not is_prepared(self.data):
-            raise ValueError(f"vocab_size={self.model.vocab_size!r} must be 256: tokens are bytes")
+            raise ValueError(
+                f"vocab_size={self.model.vocab_size!r} must be 256, as tokens are bytes: "
+                f"data={str(self.data)!r} holds no shards.json of train.prepare"
+            )
         if self.resume and self.out is None:
             raise ValueError("resume=True needs out, the run folder to continue")
         if self.processes.count > 1 and self.out is None:

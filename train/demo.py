@@ -40,7 +40,7 @@ def main() -> None:
     out = Path("runs") / f"demo-{datetime.datetime.now():%Y-%m-%d-%H%M%S}"
     try:
         report = train(prepare(demo_config(out)), console)
-    except Stopped as stop:
+    except (FloatingPointError, Stopped) as stop:
         sys.exit(str(stop))
     assert report is not None  # this is the only process
     assert report.entropies is not None  # of plain bytes

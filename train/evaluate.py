@@ -49,8 +49,8 @@ class Settings:
     """Folder of the run."""
     lengths: tuple[int, ...] = ()
     """Tokens in a row; that of the training and four times as many if left out."""
-    tasks: tuple[Task, ...] = ("loss", "passkey", "needles", "recall")
-    """What to evaluate."""
+    tasks: tuple[Task, ...] = ()
+    """What to evaluate; all that fit into the lengths if left out."""
     batches: int = 16
     """Batches for the loss."""
     batch_size: int = 4
@@ -68,8 +68,8 @@ class Settings:
                 raise ValueError(f"{name}={value!r} must be positive")
         if self.lengths and min(self.lengths) < 2:
             raise ValueError(f"lengths={self.lengths!r} must be 2 or more")
-        if not self.tasks:
-            raise ValueError("tasks must name at least one")
+        if self.seed < 0:
+            raise ValueError(f"seed={self.seed!r} must be 0 or more")
 
 
 def evaluate(settings: Settings, console: Console) -> dict[str, Any]:
@@ -88,14 +88,15 @@ def evaluate(settings: Settings, console: Console) -> dict[str, Any]:
         "settings": dataclasses.asdict(settings) | {"run": None, "lengths": list(lengths)},
     }
     data = {length: _text(saved, settings, length) for length in dict.fromkeys(lengths)}
-    if "loss" in settings.tasks:
+    tasks = _fitting(settings, data, console)
+    if "loss" in tasks:
         losses = _loss_function(saved)
         result["loss"] = {
             length: loss_by_position(losses, text, length) for length, text in data.items()
         }
         save_loss_by_position(out / "loss.png", result["loss"], saved.config.seq_len)
     predict = _predict_function(saved)
-    for task in settings.tasks:
+    for task in tasks:
         if task in _RETRIEVAL:
             found = {
                 length: accuracies(predict, _RETRIEVAL[task], text, length, settings)
@@ -107,6 +108,27 @@ def evaluate(settings: Settings, console: Console) -> dict[str, Any]:
     _show(result, console)
     console.print(f"written to {out}", highlight=False, markup=False, soft_wrap=True)
     return result
+
+
+def _fitting(settings: Settings, data: dict[int, Batches], console: Console) -> tuple[Task, ...]:
+    """The tasks; of those that were not asked for by name, those that every length has room for."""
+    chosen: list[Task] = []
+    for task in settings.tasks or ("loss", *_RETRIEVAL):
+        try:
+            for length, text in data.items():
+                if task in _RETRIEVAL:
+                    _RETRIEVAL[task](_haystack(text), length=length, depth=0.5, seed=settings.seed)
+        except ValueError as error:
+            if settings.tasks:
+                raise ValueError(f"{task}: {error}; `--tasks loss` works at any length") from error
+            console.print(f"{task} is left out: {error}", highlight=False, markup=False)
+            continue
+        chosen.append(task)
+    return tuple(chosen)
+
+
+def _haystack(text: Batches) -> Haystack:
+    return Haystack(text.validation["tokens"].reshape(-1), text.tokenizer)
 
 
 def _text(saved: SavedRun, settings: Settings, length: int) -> Batches:
@@ -175,7 +197,7 @@ def accuracies(
     settings: Settings,
 ) -> dict[str, Any]:
     """Share of the questions at each depth whose answer greedy decoding would give in full."""
-    haystack = Haystack(text.validation["tokens"].reshape(-1), text.tokenizer)
+    haystack = _haystack(text)
     depths = np.linspace(0, 1, settings.depths)
     right = []
     for number, depth in enumerate(depths):

@@ -86,7 +86,8 @@ def _check_writable(root: Path) -> None:
     """Raises ValueError where the folder could not be made."""
     there = next(path for path in (root, *root.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ValueError(f"out={str(root)!r} cannot be written: {str(there)!r} lets nobody write")
+        why = "lets nobody write" if there.is_dir() else "is no folder"
+        raise ValueError(f"out={str(root)!r} cannot be written: {str(there)!r} {why}")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -99,7 +100,10 @@ def write_text(path: Path, text: str) -> None:
 def _check_same_run(folder: RunFolder, config: TrainConfig) -> None:
     if not folder.config.is_file():
         raise ValueError(f"out={str(folder.root)!r} holds no run to resume: no config.json in it")
-    differing = differing_fields(folder.config.read_text(encoding="utf-8"), config.to_json())
+    try:
+        differing = differing_fields(folder.config.read_text(encoding="utf-8"), config.to_json())
+    except ValueError as error:
+        raise ValueError(f"{str(folder.config)!r} does not describe a run: {error}") from error
     if differing:
         raise ValueError(
             "resume=True needs the settings that the run was started with; then != now: "

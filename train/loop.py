@@ -42,6 +42,11 @@ def prepare(config: TrainConfig) -> Run:
         ValueError: settings, run folder or data do not allow the run.
     """
     check_devices(config)
+    if config.model.implementation in ("triton", "jax_triton") and jax.default_backend() != "gpu":
+        raise ValueError(
+            f"implementation={config.model.implementation!r} needs an NVIDIA GPU; JAX sees "
+            f"{jax.default_backend()}"
+        )
     folder = check_folder(config)
     data = load_batches(config)
     if config.resume:

@@ -37,13 +37,14 @@ def load_run(root: Path, say: Callable[[str], object]) -> SavedRun:
     folder = RunFolder(root)
     if not folder.config.is_file():
         raise ValueError(f"{str(root)!r} holds no run: no config.json in it")
-    settings = json.loads(folder.config.read_text(encoding="utf-8"))
-    config = dataclasses.replace(
-        _build(TrainConfig, settings), out=root, parallel="jit", mesh=MeshConfig(), accumulate=1
-    )
+    try:
+        saved = _build(TrainConfig, json.loads(folder.config.read_text(encoding="utf-8")))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{str(folder.config)!r} does not describe a run: {error}") from error
+    config = dataclasses.replace(saved, out=root, parallel="jit", mesh=MeshConfig(), accumulate=1)
     program = make_program(config, make_optimizer(config.optimizer, config.steps))
     with Checkpoints(folder.checkpoints, config.report.keep) as checkpoints:
-        state, _ = checkpoints.restore(program.like, say)
+        state, _ = checkpoints.restore(program.like, say, put_aside=False)
     return SavedRun(folder, config, program.graphdef, state.params, int(state.step))
 
 
