@@ -81,7 +81,8 @@ def test_logits_of_long_rows_are_made_in_parts(monkeypatch):
     batch["segment_ids"] = np.sort(rng.integers(0, 4, (2, 61))).astype(np.int32)
 
     def run():
-        return jax.value_and_grad(lambda p: summed_loss(graphdef, p, batch), has_aux=True)(params)
+        loss = lambda p: summed_loss(graphdef, p, batch)  # noqa: E731
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
     whole = run()
     monkeypatch.setattr(step, "_LOGITS_AT_ONCE", 16)
