@@ -216,7 +216,8 @@ def main(options: Options) -> None:
         rows += found
     if options.out is not None:
         facts = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
-        facts |= {"commit": report.commit(), "options": dataclasses.asdict(options)}
+        facts |= {"commit": report.commit()}
+        facts |= {"options": dataclasses.asdict(options) | {"out": None}}
         text = json.dumps(facts | {"rows": rows}, default=str)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(text + "\n")
