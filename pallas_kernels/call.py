@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.block_lists import BlockLists
 from pallas_kernels.lowering import Launcher
 from pallas_kernels.masks import Window
-from pallas_kernels.softmax import LOG2_E, Exp2
+from pallas_kernels.scores import Scoring
 from pallas_kernels.spans import Axis, spans
 from pallas_kernels.tiles import TileConfig
 
@@ -31,7 +31,7 @@ class Layouts(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Settings(Scoring):
     """The static side of a call.
 
     query_offset: position of query 0, or None where it is an array that comes with the call.
@@ -48,22 +48,6 @@ class Settings:
     launcher: Launcher = "pallas"
     soft_cap: float | None = None
     window: Window | None = None
-
-    @property
-    def exp2(self) -> Exp2:
-        """What makes weights of `scores()`."""
-        scale = self.scale if self.soft_cap is None else self.soft_cap
-        return Exp2(scale * LOG2_E, native=self.launcher != "interpret")
-
-    def scores(self, products: jax.Array) -> jax.Array:
-        """Products of queries and keys, or their tanh where scores are capped."""
-        if self.soft_cap is None:
-            return products
-        return jnp.tanh(products * (self.scale / self.soft_cap))
-
-    def slope(self, scores: jax.Array) -> jax.Array | None:
-        """The derivative of `scores()` by what it caps; None where it caps nothing."""
-        return None if self.soft_cap is None else 1.0 - scores * scores
 
 
 def operands(settings: Settings, lists: BlockLists, arrays: Arrays, list_arrays: Arrays) -> Arrays:

@@ -26,7 +26,7 @@ from s2_jax.structure import Heads, boolean
 
 _KERNEL_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 _MAX_HEAD_DIM = 256
-_LAUNCHERS: dict[str | None, lowering.Launcher] = {
+LAUNCHERS: dict[str | None, lowering.Launcher] = {
     None: "pallas",
     "triton": "pallas",
     "jax_triton": "jax_triton",
@@ -100,7 +100,7 @@ def s2_attention(
         query_seq_lengths=query_seq_lengths, key_value_seq_lengths=key_value_seq_lengths,
         logits_soft_cap=logits_soft_cap, head_axis=head_axis,
     )  # fmt: skip
-    chosen = _choose(call, implementation)
+    chosen = choose(call, implementation)
     if 0 in (call.query.shape[0], call.query.shape[1], call.key.shape[1]):
         out, lse = _nothing_to_see(call)
     elif chosen == "reference":
@@ -213,7 +213,7 @@ def _kernels(
         block_size=call.pattern.block_size,
         query_offset=offset,
         q_limit=call.q_limit,
-        launcher=_LAUNCHERS[implementation],
+        launcher=LAUNCHERS[implementation],
         soft_cap=call.logits_soft_cap,
         window=call.pattern.token_window()[1],
     )
@@ -225,7 +225,7 @@ def _kernels(
     return block_sparse_attention(static, *_operands(call))
 
 
-def _choose(call: Call, implementation: str | None) -> str:
+def choose(call: Call, implementation: str | None) -> str:
     """ "kernels" or "reference"; raises where what was asked for cannot run."""
     if implementation == "reference":
         return "reference"

@@ -1,0 +1,208 @@
+"""The decode kernel: a few queries of each sequence against a cache of keys and values.
+
+The query heads of a group share one tile, so that a key is read once for all of them. Each
+program takes a part of the blocks that its key/value head still sees; the parts are put together
+by their log-sum-exps (Flash-Decoding).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.call import padded_dim
+from pallas_kernels.lowering import Launcher, call_kernel, compute_capability
+from pallas_kernels.masks import TileMask, Window
+from pallas_kernels.partials import part_weights
+from pallas_kernels.rows import load_rows
+from pallas_kernels.scores import Scoring
+from pallas_kernels.softmax import LOG2_E, Softmax, dot
+from pallas_kernels.tiles import Tile
+
+MAX_ROWS = 32  # one bit a row
+_LEAST_ROWS = 16
+_PROGRAMS = 512  # about two rounds of all programs that a large GPU runs at a time
+
+
+class DecodeLists(NamedTuple):
+    """What the queries of a program see: entries, each a block of keys.
+
+    place: int32 `[batch, programs, entries]`, which block of the storage it is; -1 for one that is
+      not read. block: its number in the sequence. bits: bit r says whether query row r sees it.
+    used: int32 `[batch, programs]`, entries from here on are not looked at.
+    """
+
+    place: jax.Array
+    block: jax.Array
+    bits: jax.Array
+    used: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeSettings(Scoring):
+    """The static side of a call.
+
+    paged: the storage is pages, which all sequences share. window: exact tokens that join the
+    blocks.
+    """
+
+    scale: float
+    block_size: int
+    paged: bool
+    soft_cap: float | None = None
+    window: Window | None = None
+    launcher: Launcher = "pallas"
+
+
+def s2_decode_kernel(
+    q_ref: Any, k_ref: Any, v_ref: Any, position_ref: Any, place_ref: Any, block_ref: Any,
+    bits_ref: Any, used_ref: Any, o_ref: Any, lse_ref: Any,
+    *, settings: DecodeSettings, keys: int, splits: int,
+) -> None:  # fmt: skip
+    rows, dim = q_ref.shape
+    value_dim = padded_dim(v_ref.shape[1])
+    block_size = settings.block_size
+    # A turn of the loop takes `keys` keys: several blocks, or a part of one.
+    unit, group, parts = (
+        min(keys, block_size),
+        max(1, keys // block_size),
+        max(1, block_size // keys),
+    )
+
+    used = used_ref[0]
+    share = lax.div(used + (splits - 1), np.int32(splits))
+    start = pl.program_id(0) * share
+    stop = jnp.minimum(start + share, used)
+    blocks = jnp.maximum(stop - start, 0)
+    turns = blocks * parts if parts > 1 else lax.div(blocks + (group - 1), np.int32(group))
+
+    query, position = q_ref[...], position_ref[...]
+    newest = jnp.max(position, axis=0)
+    mask = TileMask(True, position, None, 1, rows, True, settings.window)
+    lane = lax.iota(jnp.int32, keys)
+    member, within = lax.div(lane, np.int32(unit)), lax.rem(lane, np.int32(unit))
+
+    def entries(ref: Any, begin: jax.Array, nothing: int) -> jax.Array:
+        """Of each key, the number that its entry has. Loaded one by one: see `walk._entries`."""
+        if group == 1:
+            return jnp.full((keys,), ref[begin])
+        numbers = jnp.full((keys,), nothing, jnp.int32)
+        for i in range(group):
+            exists = begin + i < stop
+            number = jnp.where(exists, ref[jnp.where(exists, begin + i, begin)], nothing)
+            numbers = jnp.where(member == i, number, numbers)
+        return numbers
+
+    def attend(turn: jax.Array, carry: Softmax) -> Softmax:
+        if parts > 1:
+            begin = start + lax.div(turn, np.int32(parts))
+            in_block = within + lax.rem(turn, np.int32(parts)) * keys
+        else:
+            begin, in_block = start + turn * group, within
+        place = entries(place_ref, begin, -1)
+        positions = entries(block_ref, begin, 0) * block_size + in_block
+        inside = (place >= 0) & (positions <= newest)
+        stored = jnp.maximum(place, 0) * block_size + in_block
+        key = load_rows(k_ref, stored, dim, inside)
+        scores = settings.scores(dot(query, key, transpose_b=True))
+        seen = mask(positions, entries(bits_ref, begin, 0), inside, None)
+        value = load_rows(v_ref, stored, value_dim, inside)
+        return carry.step(jnp.where(seen, scores, -jnp.inf), value, settings.exp2)
+
+    carry = lax.fori_loop(0, turns, attend, Softmax.start(rows, value_dim))
+    out, lse = carry.finish(settings.exp2)
+    o_ref[...] = out
+    lse_ref[...] = lse / LOG2_E
+
+
+def decode(
+    settings: DecodeSettings,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    position: jax.Array,
+    lists: DecodeLists,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention of a few queries over the blocks that the lists name.
+
+    Args:
+      settings: the static side.
+      query: `[batch, programs, rows, head_dim]`, at most 32 rows; programs a multiple of kv_heads,
+        those of a key/value head side by side.
+      key: `[batch, length, kv_heads, head_dim]`, or pages that all sequences share,
+        `[kv_heads, pages, block_size, head_dim]`.
+      value: the same, with value_dim.
+      position: int32 `[batch, programs, rows]`, where a query stands in its sequence; -1: it sees
+        nothing.
+      lists: what they see.
+
+    Returns:
+      Output `[batch, programs, rows, value_dim]` and natural-log LSE `[batch, programs, rows]`,
+      float32.
+    """
+    batch, programs, num_rows, head_dim = query.shape
+    value_dim, entries = value.shape[-1], lists.place.shape[-1]
+    assert num_rows <= MAX_ROWS
+    rows = _LEAST_ROWS if num_rows <= _LEAST_ROWS else MAX_ROWS
+    dim, padded_value = padded_dim(head_dim), padded_dim(value_dim)
+    more = rows - num_rows
+    query = jnp.pad(query, ((0, 0), (0, 0), (0, more), (0, dim - head_dim)))
+    position = jnp.pad(position, ((0, 0), (0, 0), (0, more)), constant_values=-1)
+    splits = max(1, min(-(-_PROGRAMS // (batch * programs)), -(-entries // 2)))
+    if settings.paged:
+        key, value = (x.reshape(x.shape[0], -1, x.shape[-1]) for x in (key, value))
+    kv_heads = key.shape[0 if settings.paged else 2]
+    per_head = np.int32(programs // kv_heads)
+
+    def of_program(*shape: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, None, *shape), lambda s, p, b: (b, p, *[0] * len(shape)))
+
+    def partial_result(*shape: int) -> pl.BlockSpec:
+        zeros = [0] * len(shape)
+        return pl.BlockSpec((None, None, None, *shape), lambda s, p, b: (s, b, p, *zeros))
+
+    def storage(array: jax.Array) -> pl.BlockSpec:
+        rows, dim = array.shape[1], array.shape[-1]
+        if settings.paged:
+            return pl.BlockSpec((None, rows, dim), lambda s, p, b: (lax.div(p, per_head), 0, 0))
+        shape = (None, rows, None, dim)
+        return pl.BlockSpec(shape, lambda s, p, b: (b, 0, lax.div(p, per_head), 0))
+
+    tile = _tile(rows, key.dtype.itemsize, dim + padded_value)
+    out, lse = call_kernel(
+        functools.partial(
+            s2_decode_kernel, settings=settings, keys=tile.block_kv, splits=splits
+        ),
+        (query, key, value, position, *lists[:3], lists.used[..., None]),
+        name="s2_attention_decode",
+        grid=(splits, programs, batch),
+        in_specs=[
+            of_program(rows, dim), storage(key), storage(value),
+            of_program(rows), *[of_program(entries)] * 3, of_program(1),
+        ],
+        out_specs=[partial_result(rows, padded_value), partial_result(rows)],
+        out_shape=[
+            jax.ShapeDtypeStruct((splits, batch, programs, rows, padded_value), jnp.float32),
+            jax.ShapeDtypeStruct((splits, batch, programs, rows), jnp.float32),
+        ],
+        tile=tile,
+        launcher=settings.launcher,
+    )  # fmt: skip
+    weights, lse = part_weights(lse)
+    out = jnp.sum(weights[..., None] * out, axis=0)
+    return out[:, :, :num_rows, :value_dim], lse[:, :, :num_rows]
+
+
+def _tile(rows: int, itemsize: int, dims: int) -> Tile:
+    """Keys and values of a turn take 32 KB, so that two or three turns are under way."""
+    keys = max(16, min(64, (1 << 15) // (itemsize * dims)))
+    hopper = (compute_capability() or 90) >= 90
+    # In float32 the third turn would lie in registers, and spill.
+    return Tile(rows, keys, num_warps=4, num_stages=3 if hopper and itemsize == 2 else 2)

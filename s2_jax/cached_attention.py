@@ -1,0 +1,140 @@
+"""`cached_attention`: new tokens join a cache and attend to what it holds."""
+
+from __future__ import annotations
+
+import functools
+from typing import TypeVar
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.decode import DecodeSettings, decode
+from pallas_kernels.lowering import vary_alike
+from s2_jax.attention import LAUNCHERS, choose, s2_attention
+from s2_jax.cache_checks import check_new
+from s2_jax.cache_lists import Queries
+from s2_jax.checks import Call, check_call, check_implementation
+from s2_jax.contiguous_cache import ContiguousCache
+from s2_jax.decode_reference import reference_decode
+from s2_jax.evicting_cache import EvictingCache
+from s2_jax.structure import boolean
+
+Cache = TypeVar("Cache", ContiguousCache, EvictingCache)
+# More new tokens than this are taken by the kernels for long rows of queries.
+_DECODE_AT_MOST = 16
+
+
+def cached_attention(
+    query: Float[Array, "batch new heads head_dim"],
+    key: Float[Array, "batch new kv_heads head_dim"],
+    value: Float[Array, "batch new kv_heads value_dim"],
+    cache: Cache,
+    *,
+    lengths: Int[Array, " batch"] | None = None,
+    first: bool = False,
+    scale: float | None = None,
+    logits_soft_cap: float | None = None,
+    head_axis: str | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "batch new heads value_dim"], Cache]:
+    """Appends new keys and values to a cache, and attends to all that the pattern shows of it.
+
+    One call serves the whole of a prompt, a chunk of it, and one or a few tokens at a time. The
+    results are those of one call of `s2_attention` over the whole sequence. There are no gradients.
+
+    Args:
+      query, key, value: of the new tokens, which stand at positions `cache.length + arange(new)`;
+        one dtype, that of the cache. Rotary embedding is the caller's.
+      cache: a `ContiguousCache` or an `EvictingCache`. It is not changed; donate it under `jit`, so
+        that the new one takes its memory.
+      lengths: int32 `[batch]`, how many of the new tokens count in each sequence (the leading ones;
+        the others give zeros); by default all.
+      first: the sequences begin with these tokens, and what the cache held is dropped: the prompt
+        is attended to directly, which is faster than to an empty cache.
+      scale, logits_soft_cap, implementation: as for `s2_attention`.
+      head_axis: mesh axis over which heads, and the cache, are split inside `shard_map` or `pmap`.
+
+    Returns:
+      Output `[batch, new, heads, value_dim]` and the new cache. Tokens past `cache.max_length`, or
+      past the pages that the sequence has, are not kept, and those past max_length give NaN.
+
+    Raises:
+      ValueError, TypeError: what does not fit the cache, named, before anything is compiled.
+      NotImplementedError: what the kernels cannot do, as for `s2_attention`.
+
+    Source: S2-Attention, arXiv 2407.17678, section 3.3 (KV-efficient patterns).
+    """
+    check_implementation(implementation, None)
+    if not isinstance(cache, ContiguousCache | EvictingCache):
+        raise TypeError(
+            f"cache must be a ContiguousCache or an EvictingCache, got {type(cache).__name__}"
+        )
+    if getattr(query, "ndim", 4) != 4:
+        raise ValueError(f"query must be [batch, new, heads, head_dim], got shape {query.shape}")
+    call, _ = check_call(
+        query, key, value, cache.pattern, scale=scale, query_offset=0, segment_ids=None,
+        kv_segment_ids=None, query_seq_lengths=lengths, key_value_seq_lengths=None,
+        logits_soft_cap=logits_soft_cap, head_axis=head_axis,
+    )  # fmt: skip
+    shards = call.num_heads // call.query.shape[2]
+    check_new(cache, call.query, call.key, call.value, shards)
+    new = call.query.shape[1]
+    if boolean("first", first):
+        cache = cache.emptied()
+        if new > cache.max_length:
+            raise ValueError(f"{new} new tokens are more than max_length={cache.max_length}")
+    if lengths is None:
+        lengths = jnp.full(cache.length.shape, new, jnp.int32)
+    kv_heads = jnp.arange(call.key.shape[2], dtype=jnp.int32)
+    if head_axis is not None:
+        kv_heads += lax.axis_index(head_axis).astype(jnp.int32) * kv_heads.size
+    start, grown = cache.length, cache.append(call.key, call.value, lengths, kv_heads)
+    attend = functools.partial(
+        s2_attention, pattern=cache.pattern, scale=call.scale, logits_soft_cap=logits_soft_cap,
+        head_axis=head_axis, implementation=implementation, query_seq_lengths=lengths,
+    )  # fmt: skip
+    step = jnp.arange(new, dtype=jnp.int32)
+    position = start[:, None] + step
+    counts = step < lengths[:, None]
+    if first:
+        out = attend(call.query, call.key, call.value, key_value_seq_lengths=lengths)
+    elif new <= _DECODE_AT_MOST:
+        queries = Queries(
+            cache.pattern, jnp.where(counts, position, -1), kv_heads, cache.num_heads,
+            cache.num_kv_heads,
+        )  # fmt: skip
+        out = _decode(call, grown, queries, implementation)
+    else:
+        keys, values = cache.whole(call.key, call.value, lengths, kv_heads)
+        held = jnp.minimum(start + lengths, keys.shape[1])
+        out = attend(call.query, keys, values, query_offset=start, key_value_seq_lengths=held)
+    beyond = counts & (position >= cache.max_length)
+    return jnp.where(beyond[..., None, None], jnp.nan, out), grown
+
+
+def _decode(call: Call, cache: Cache, queries: Queries, implementation: str | None) -> Array:
+    settings = DecodeSettings(
+        scale=abs(call.scale) or 1.0,
+        block_size=cache.pattern.block_size,
+        paged=cache.paged,
+        soft_cap=call.logits_soft_cap,
+        window=cache.pattern.token_window()[1],
+        launcher=LAUNCHERS.get(implementation, "pallas"),
+    )
+    # Kernels want a positive scale, under which the largest raw score stays the largest.
+    query = call.query if call.scale > 0 else call.query * (-1 if call.scale else 0)
+    chosen = choose(call, implementation)
+    kernel = functools.partial(decode, settings)
+    reference = functools.partial(reference_decode, settings)
+    if chosen == "reference":
+        kernel = reference
+    rows, position = queries.pack(query)
+    arrays, tree = jax.tree.flatten((rows, cache.key, cache.value, position, cache.lists(queries)))
+    operands = jax.tree.unflatten(tree, vary_alike(arrays))
+    if implementation is None:
+        out, _ = lax.platform_dependent(*operands, cuda=kernel, default=reference)
+    else:
+        out, _ = kernel(*operands)
+    return queries.unpack(out.astype(query.dtype))

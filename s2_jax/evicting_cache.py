@@ -1,0 +1,248 @@
+"""A cache that keeps, for every head, only the blocks that the head can still see."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.decode import DecodeLists
+from s2_jax.cache_checks import check_cache
+from s2_jax.cache_lists import Queries
+from s2_jax.page_plan import PagePlan, plan_pages
+from s2_jax.patterns import Pattern
+from s2_jax.structure import at_least_one
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["page", "block", "length"], meta_fields=[]
+)
+@dataclasses.dataclass(frozen=True)
+class PageTable:
+    """Which page a slot of a sequence is, and which block it holds.
+
+    page: int32 `[batch, slots]`, -1 where the sequence has none. The same number for every head,
+      each of which has pages of its own. block: int32 `[batch, kv_heads, slots]`, -1 where nothing
+      is held; a block stays until another takes its slot. length: int32 `[batch]`, tokens so far.
+    """
+
+    page: Int[Array, "batch slots"]
+    block: Int[Array, "batch kv_heads slots"]
+    length: Int[Array, " batch"]
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["key", "value", "table"],
+    meta_fields=["pattern", "num_heads", "num_kv_heads", "max_length"],
+)
+@dataclasses.dataclass(frozen=True)
+class EvictingCache:
+    """Keys and values that are still seen: about `local_blocks + length / vert_stride` blocks.
+
+    Passed to `cached_attention` and returned by it. The pages belong to no sequence until the table
+    gives them to one, so that sequences of different lengths can share them. A pytree; key and
+    value may be sharded by key/value heads, their first axis, together with `table.block`.
+
+    Attributes:
+      key: `[kv_heads, pages, block_size, head_dim]`.
+      value: `[kv_heads, pages, block_size, value_dim]`.
+      table: where every sequence keeps what.
+      pattern, num_heads, num_kv_heads: of the whole call, also where heads are split.
+      max_length: tokens that a sequence can have.
+    """
+
+    key: Float[Array, "kv_heads pages block_size head_dim"]
+    value: Float[Array, "kv_heads pages block_size value_dim"]
+    table: PageTable
+    pattern: Pattern
+    num_heads: int
+    num_kv_heads: int
+    max_length: int
+
+    paged = True
+
+    @classmethod
+    def create(
+        cls,
+        pattern: Pattern,
+        *,
+        batch: int,
+        max_length: int,
+        num_heads: int,
+        head_dim: int,
+        num_kv_heads: int | None = None,
+        value_dim: int | None = None,
+        dtype: Any = jnp.bfloat16,
+        num_pages: int | None = None,
+    ) -> Self:
+        """An empty cache.
+
+        Args:
+          pattern: what the heads see; causal and KV-efficient.
+          batch: sequences. max_length: tokens that each can have.
+          num_heads, num_kv_heads: of queries and of keys (by default as many).
+          head_dim, value_dim: of keys and of values (by default the same).
+          dtype: of keys and values; queries must share it.
+          num_pages: pages of a head, for all sequences. By default every sequence has as many as
+            max_length needs; where a number is given, none has any before `with_pages`.
+
+        Raises:
+          ValueError: a pattern that is not KV-efficient (the message says where it drops a block
+            and wants it back), or numbers that do not fit, named. TypeError: wrong kinds.
+        """
+        num_kv_heads, value_dim, blocks = check_cache(
+            pattern, batch, max_length, num_heads, num_kv_heads, head_dim, value_dim, dtype
+        )
+        slots = plan_pages(pattern, num_heads, num_kv_heads, blocks).slots
+        page = jnp.arange(batch * slots, dtype=jnp.int32).reshape(batch, slots)
+        if num_pages is not None:
+            at_least_one("num_pages", num_pages)
+            page = jnp.full_like(page, -1)
+        pages = batch * slots if num_pages is None else num_pages
+        shape = (num_kv_heads, pages, pattern.block_size)
+        return cls(
+            key=jnp.zeros((*shape, head_dim), dtype),
+            value=jnp.zeros((*shape, value_dim), dtype),
+            table=PageTable(
+                page,
+                jnp.full((batch, num_kv_heads, slots), -1, jnp.int32),
+                jnp.zeros((batch,), jnp.int32),
+            ),
+            pattern=pattern,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            max_length=max_length,
+        )
+
+    @property
+    def length(self) -> Int[Array, " batch"]:
+        """Tokens that each sequence has so far."""
+        return self.table.length
+
+    def with_table(self, table: PageTable) -> Self:
+        return dataclasses.replace(self, table=table)
+
+    def pages_needed(self, length: int) -> int:
+        """Pages that a sequence of `length` tokens takes of each head."""
+        blocks = min(-(-length // self.pattern.block_size), self._plan.blocks)
+        return int(self._plan.slots_by_block[blocks])
+
+    def with_pages(self, index: Any, pages: Int[Array, " slots"]) -> Self:
+        """With an empty sequence `index`, possibly traced, that has these pages, padded by -1."""
+        table = PageTable(
+            self.table.page.at[index].set(pages),
+            self.table.block.at[index].set(-1),
+            self.table.length.at[index].set(0),
+        )
+        return self.with_table(table)
+
+    def emptied(self) -> Self:
+        table = self.table
+        return self.with_table(
+            PageTable(table.page, jnp.full_like(table.block, -1), jnp.zeros_like(table.length))
+        )
+
+    def append(
+        self,
+        key: Float[Array, "batch new kv_heads head_dim"],
+        value: Float[Array, "batch new kv_heads value_dim"],
+        lengths: Int[Array, " batch"],
+        kv_heads: Int[Array, " kv_heads"],
+    ) -> Self:
+        """With the first `lengths` of the new tokens; what has no room is left out.
+
+        New blocks take the slots that the plan gives them, and so evict what was there.
+        """
+        table = self._advanced(key.shape[1], lengths, kv_heads)
+        step = jnp.arange(key.shape[1], dtype=jnp.int32)
+        position = self.length[:, None] + step
+        size = self.pattern.block_size
+        page = self._page_of(table, position // size, kv_heads)
+        fits = (step < lengths[:, None]) & (position < self.max_length)
+        page = jnp.where(fits[:, None] & (page >= 0), page, self.key.shape[1])
+        head = jnp.arange(kv_heads.size, dtype=jnp.int32)[:, None]
+        where = (head, page, (position % size)[:, None])
+        return dataclasses.replace(
+            self,
+            key=self.key.at[where].set(jnp.swapaxes(key, 1, 2), mode="drop"),
+            value=self.value.at[where].set(jnp.swapaxes(value, 1, 2), mode="drop"),
+            table=table,
+        )
+
+    def lists(self, queries: Queries) -> DecodeLists:
+        """What queries see of it: every slot in use, the lowest first."""
+        table = self.table
+        place = jnp.broadcast_to(table.page[:, None], table.block.shape)
+        block = jnp.where(place >= 0, table.block, -1)
+        used = jnp.sum(table.block >= 0, axis=2, dtype=jnp.int32)
+        return queries.lists(place, block, used)
+
+    def whole(
+        self, key: Array, value: Array, lengths: Array, kv_heads: Array
+    ) -> tuple[Array, Array]:
+        """Keys and values by position, the new ones too; zeros for what has been evicted."""
+        size, blocks = self.pattern.block_size, self._plan.blocks
+        batch = self.length.shape[0]
+        each = jnp.broadcast_to(jnp.arange(blocks, dtype=jnp.int32), (batch, blocks))
+        page = self._page_of(self.table, each, kv_heads)
+        head = jnp.arange(kv_heads.size, dtype=jnp.int32)[:, None]
+        step = jnp.arange(key.shape[1], dtype=jnp.int32)
+        position = self.length[:, None] + step
+        fits = (step < lengths[:, None]) & (position < self.max_length)
+        row = jnp.where(fits, position, blocks * size)
+        entry = jnp.arange(batch, dtype=jnp.int32)[:, None]
+
+        def by_position(pages: Array, new: Array) -> Array:
+            held = jnp.where((page >= 0)[..., None, None], pages[head, page], 0)
+            held = jnp.moveaxis(held, 1, 3).reshape(batch, blocks * size, *new.shape[2:])
+            return held.at[entry, row].set(new, mode="drop")
+
+        return by_position(self.key, key), by_position(self.value, value)
+
+    def row(self, index: Any) -> Self:
+        """The sequence `index` alone, possibly traced, as a cache of batch 1 with all pages."""
+        take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=index, slice_size=1)
+        return self.with_table(jax.tree.map(take, self.table))
+
+    def with_row(self, index: Any, one: Self) -> Self:
+        """With the sequence `index`, and the pages, replaced by those of a cache of batch 1."""
+        put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=index, axis=0)
+        return one.with_table(jax.tree.map(put, self.table, one.table))
+
+    @property
+    def _plan(self) -> PagePlan:
+        blocks = -(-self.max_length // self.pattern.block_size)
+        return plan_pages(self.pattern, self.num_heads, self.num_kv_heads, blocks)
+
+    def _slots(self, block: Array, kv_heads: Array) -> Array:
+        """Slots of blocks `[batch, n]` for each head, `[batch, kv_heads, n]`; -1 for none."""
+        plan = self._plan
+        number = jnp.asarray(plan.plan_of_head)[kv_heads][None, :, None]
+        held = jnp.clip(block, 0, plan.blocks - 1)[:, None]
+        slot = jnp.asarray(plan.slot_of_block)[number, held]
+        return jnp.where(((block >= 0) & (block < plan.blocks))[:, None], slot, -1)
+
+    def _page_of(self, table: PageTable, block: Array, kv_heads: Array) -> Array:
+        """Pages that hold blocks `[batch, n]`, `[batch, kv_heads, n]`; -1 where none does."""
+        slot = self._slots(block, kv_heads)
+        entry = jnp.arange(slot.shape[0], dtype=jnp.int32)[:, None, None]
+        head = jnp.arange(slot.shape[1], dtype=jnp.int32)[:, None]
+        held = table.block[entry, head, slot] == block[:, None]
+        return jnp.where(held & (slot >= 0), table.page[entry, slot], -1)
+
+    def _advanced(self, new: int, lengths: Array, kv_heads: Array) -> PageTable:
+        """The table once `lengths` of up to `new` tokens have come."""
+        size, table = self.pattern.block_size, self.table
+        begun, end = -(-table.length // size), -(-(table.length + lengths) // size)
+        block = begun[:, None] + jnp.arange(-(-new // size), dtype=jnp.int32)
+        slot = self._slots(block, kv_heads)
+        slot = jnp.where((slot >= 0) & (block < end[:, None])[:, None], slot, table.page.shape[1])
+        entry = jnp.arange(slot.shape[0], dtype=jnp.int32)[:, None, None]
+        head = jnp.arange(slot.shape[1], dtype=jnp.int32)[:, None]
+        held = table.block.at[entry, head, slot].max(block[:, None], mode="drop")
+        return PageTable(table.page, held, table.length + lengths)
