@@ -1,8 +1,20 @@
 """A decoder-only transformer in Flax NNX whose layers are dense or S2, by configuration."""
 
+from models.cache import ModelCache
 from models.config import HybridConfig, ModelConfig
-from models.generate import generate
+from models.generator import Generation, Generator, GeneratorConfig
 from models.huggingface import load_pretrained
+from models.sampling import Sampling
 from models.transformer import Transformer
 
-__all__ = ["HybridConfig", "ModelConfig", "Transformer", "generate", "load_pretrained"]
+__all__ = [
+    "Generation",
+    "Generator",
+    "GeneratorConfig",
+    "HybridConfig",
+    "ModelCache",
+    "ModelConfig",
+    "Sampling",
+    "Transformer",
+    "load_pretrained",
+]

@@ -1,80 +1,107 @@
-"""Sampling: one full forward pass over a fixed window per token."""
+"""`python -m models.generate`: what a trained or imported model writes after a prompt."""
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Any
+import dataclasses
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
 
-import jax
-import jax.numpy as jnp
-from flax import nnx
-from jaxtyping import Array, Float, Int
+import tyro
+
+from models.generator import Generator, GeneratorConfig
+from models.sampling import Sampling
+from models.saved import Text, load_model
+
+_SAMPLING, _GENERATOR = Sampling(temperature=0.8), GeneratorConfig(steps=8)
 
 
-def generate(
-    graphdef: Any,
-    params: Any,
-    prompt: Int[Array, " prompt"],
-    key: Array,
-    *,
-    window: int,
-    length: int,
-    temperature: float = 1.0,
-) -> Int[Array, " prompt+length"]:
-    """The prompt, int32, and `length` tokens sampled after it.
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Write on after one or several prompts."""
 
-    `graphdef, params = nnx.split(model, nnx.Param)`. The model sees the last `window` tokens at
-    most. Temperature 0 takes the likeliest token every time.
+    checkpoint: Path
+    """Folder of a run of `python -m train`, or of a Hugging Face checkpoint."""
+    prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """A text to go on from; may be given several times. Read from standard input if left out."""
+    max_tokens: int = 256
+    """Most tokens to write after each."""
+    sampling: Sampling = _SAMPLING
+    """How tokens are drawn."""
+    generator: GeneratorConfig = _GENERATOR
+    """How much is done at a time."""
+    stop: bool = True
+    """End where the model ends a text."""
+    seed: int = 0
+    """Of the random numbers."""
 
-    Raises:
-        ValueError: prompt empty or not one row, window or length not positive, temperature < 0.
-    """
-    prompt = jnp.asarray(prompt, jnp.int32)
-    if prompt.ndim != 1 or prompt.shape[0] < 1:
-        raise ValueError(f"{prompt.shape=} must be (length,), with at least one token")
-    if window < 1 or length < 1:
-        raise ValueError(f"{window=} and {length=} must be positive")
-    if temperature < 0:
-        raise ValueError(f"{temperature=} must be 0 or more")
-    return _generate(
-        params,
-        prompt,
-        key,
-        jnp.float32(temperature),
-        graphdef=graphdef,
-        window=window,
-        length=length,
+
+class _Stream:
+    """Prints a text as its tokens come, and never half of a character."""
+
+    def __init__(self, text: Text) -> None:
+        self._text = text
+        self._tokens: list[int] = []
+        self._shown = 0
+
+    def add(self, tokens: list[int], *, last: bool = False) -> None:
+        self._tokens += tokens
+        written = self._text.decode(self._tokens)
+        while not last and written.endswith("\ufffd"):
+            written = written[:-1]
+        print(written[self._shown :], end="", flush=True)
+        self._shown = max(self._shown, len(written))
+
+
+def run(options: Options) -> None:
+    """Raises ValueError where the checkpoint or the options do not allow it."""
+    saved = load_model(options.checkpoint)
+    texts = options.prompt or (sys.stdin.read(),)
+    prompts = [saved.text.encode(text) for text in texts]
+    generator = Generator(saved.config, saved.model, options.generator)
+    stream = _Stream(saved.text)
+    alone, started = len(texts) == 1, time.perf_counter()
+    first: list[float] = []
+
+    def show(number: int, tokens: list[int]) -> None:
+        first.append(time.perf_counter())
+        if alone:
+            stream.add(tokens)
+
+    if alone:
+        print(texts[0], end="", flush=True)
+    results = generator.generate(
+        prompts,
+        max_tokens=options.max_tokens,
+        sampling=options.sampling,
+        stop=saved.text.stop if options.stop else (),
+        seed=options.seed,
+        on_tokens=show,
+    )
+    seconds = time.perf_counter() - started
+    if alone:
+        stream.add([], last=True)
+        print()
+    else:
+        for text, result in zip(texts, results, strict=True):
+            print(f"{text}{saved.text.decode(result.tokens)}\n{'-' * 40}")
+    written = sum(len(result.tokens) for result in results)
+    print(
+        f"{written} tokens in {seconds:.2f} s, the first after {first[0] - started:.2f} s "
+        f"(compiling included): {written / seconds:.1f} tokens/s",
+        file=sys.stderr,
     )
 
 
-@partial(jax.jit, static_argnames=("graphdef", "window", "length"))
-def _generate(
-    params: Any,
-    prompt: Int[Array, " prompt"],
-    key: Array,
-    temperature: Float[Array, ""],
-    *,
-    graphdef: Any,
-    window: int,
-    length: int,
-) -> Int[Array, " prompt+length"]:
-    model = nnx.merge(graphdef, params)
-    total = prompt.shape[0] + length
-    row = jnp.zeros((max(total, window),), jnp.int32).at[: prompt.shape[0]].set(prompt)
-
-    def add_token(position: Array, row: Int[Array, " total"]) -> Int[Array, " total"]:
-        start = jnp.maximum(position - window, 0)  # what lies beyond `position` is not seen
-        seen = jax.lax.dynamic_slice(row, (start,), (window,))
-        logits = model(seen[None])[0, position - 1 - start]
-        token = _sample(jax.random.fold_in(key, position), logits, temperature)
-        return row.at[position].set(token)
-
-    return jax.lax.fori_loop(prompt.shape[0], total, add_token, row)[:total]
+def main() -> None:
+    options = tyro.cli(Options, prog="python -m models.generate", description=Options.__doc__)
+    try:
+        run(options)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
-def _sample(
-    key: Array, logits: Float[Array, " v"], temperature: Float[Array, ""]
-) -> Int[Array, ""]:
-    scaled = logits / jnp.maximum(temperature, 1e-6)
-    sampled = jax.random.categorical(key, scaled)
-    return jnp.where(temperature > 0, sampled, jnp.argmax(logits)).astype(jnp.int32)
+if __name__ == "__main__":
+    main()

@@ -10,6 +10,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec, get_abstract_mesh
 from jaxtyping import Array, Float, Int
 
+from models.cache import LayerCache, ModelCache
 from models.config import ModelConfig, Remat
 from s2_jax import Pattern
 from s2_jax.nnx import S2Attention
@@ -72,6 +73,20 @@ class Block(nnx.Module):
         x = x + self.attention(self.attention_norm(x), segment_ids=segment_ids)
         return x + self.mlp(self.mlp_norm(x))
 
+    def extend(
+        self,
+        x: Float[Array, "b l d"],
+        cache: LayerCache,
+        lengths: Int[Array, " b"] | None,
+        first: bool,
+    ) -> tuple[Float[Array, "b l d"], LayerCache]:
+        """The same for new tokens, which join a cache."""
+        attended, cache = self.attention.extend(
+            self.attention_norm(x), cache, lengths=lengths, first=first
+        )
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x)), cache
+
 
 class Transformer(nnx.Module):
     """Token ids to next-token logits.
@@ -117,6 +132,35 @@ class Transformer(nnx.Module):
         for block in self.blocks:
             x = batch_first(apply(block, x, segment_ids))
         return self.norm(x)
+
+    def extend(
+        self,
+        tokens: Int[Array, "b l"],
+        cache: ModelCache,
+        *,
+        lengths: Int[Array, " b"] | None = None,
+        first: bool = False,
+    ) -> tuple[Float[Array, "b l d"], ModelCache]:
+        """What `features` gives at new tokens that follow those of a cache, and the new cache.
+
+        Args:
+          tokens: a prompt, a chunk of one, or the next token of each sequence.
+          cache: from `ModelCache.create` for this model's config.
+          lengths: int32 `[b]`, how many of the tokens count; by default all.
+          first: the sequences begin with these tokens, and what the cache held is dropped.
+
+        Raises:
+          ValueError: the cache of another model.
+        """
+        if len(cache.layers) != len(self.blocks):
+            raise ValueError(
+                f"the cache is one of {len(cache.layers)} layers, the model has {len(self.blocks)}"
+            )
+        x, layers = self.embeddings(tokens), []
+        for number, block in enumerate(self.blocks):
+            x, layer = block.extend(x, cache[number], lengths, first)
+            layers.append(layer)
+        return self.norm(x), cache.replaced(layers)
 
     def logits(self, x: Float[Array, "b l d"]) -> Float[Array, "b l v"]:
         """Float32, of what `features` gives, or of some of its positions."""

@@ -71,3 +71,15 @@ def check_new(cache: Any, query: jax.Array, key: jax.Array, value: jax.Array, sh
         raise ValueError(
             f"query and key must be of the same new tokens, got {query.shape[1]} and {key.shape[1]}"
         )
+
+
+def check_cache_of(cache: Any, pattern: Pattern, num_heads: int, num_kv_heads: int) -> None:
+    """Raises ValueError where a cache was made for another pattern or other heads."""
+    for name, mine in (
+        ("pattern", pattern),
+        ("num_heads", num_heads),
+        ("num_kv_heads", num_kv_heads),
+    ):
+        held = getattr(cache, name, None)
+        if held != mine:
+            raise ValueError(f"the cache was made for {name}={held!r}, not for {mine!r}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ from s2_jax.decode_reference import reference_decode
 from s2_jax.evicting_cache import EvictingCache
 from s2_jax.structure import boolean
 
-Cache = TypeVar("Cache", ContiguousCache, EvictingCache)
+Cache = TypeVar("Cache", bound=ContiguousCache | EvictingCache)
 # More new tokens than this are taken by the kernels for long rows of queries.
 _DECODE_AT_MOST = 16
 
@@ -81,16 +81,15 @@ def cached_attention(
     shards = call.num_heads // call.query.shape[2]
     check_new(cache, call.query, call.key, call.value, shards)
     new = call.query.shape[1]
-    if boolean("first", first):
-        cache = cache.emptied()
-        if new > cache.max_length:
-            raise ValueError(f"{new} new tokens are more than max_length={cache.max_length}")
+    before = cache.emptied() if boolean("first", first) else cache
+    if first and new > cache.max_length:
+        raise ValueError(f"{new} new tokens are more than max_length={cache.max_length}")
     if lengths is None:
         lengths = jnp.full(cache.length.shape, new, jnp.int32)
     kv_heads = jnp.arange(call.key.shape[2], dtype=jnp.int32)
     if head_axis is not None:
         kv_heads += lax.axis_index(head_axis).astype(jnp.int32) * kv_heads.size
-    start, grown = cache.length, cache.append(call.key, call.value, lengths, kv_heads)
+    start, grown = before.length, before.append(call.key, call.value, lengths, kv_heads)
     attend = functools.partial(
         s2_attention, pattern=cache.pattern, scale=call.scale, logits_soft_cap=logits_soft_cap,
         head_axis=head_axis, implementation=implementation, query_seq_lengths=lengths,
@@ -107,14 +106,16 @@ def cached_attention(
         )  # fmt: skip
         out = _decode(call, grown, queries, implementation)
     else:
-        keys, values = cache.whole(call.key, call.value, lengths, kv_heads)
+        keys, values = before.whole(call.key, call.value, lengths, kv_heads)
         held = jnp.minimum(start + lengths, keys.shape[1])
         out = attend(call.query, keys, values, query_offset=start, key_value_seq_lengths=held)
     beyond = counts & (position >= cache.max_length)
-    return jnp.where(beyond[..., None, None], jnp.nan, out), grown
+    return jnp.where(beyond[..., None, None], jnp.nan, out), cast(Cache, grown)
 
 
-def _decode(call: Call, cache: Cache, queries: Queries, implementation: str | None) -> Array:
+def _decode(
+    call: Call, cache: ContiguousCache | EvictingCache, queries: Queries, implementation: str | None
+) -> Array:
     settings = DecodeSettings(
         scale=abs(call.scale) or 1.0,
         block_size=cache.pattern.block_size,

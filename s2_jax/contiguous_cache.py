@@ -90,7 +90,7 @@ class ContiguousCache:
         """What layers with the same pattern have in common."""
         return self.length
 
-    def with_table(self, table: Int[Array, " batch"]) -> Self:
+    def with_table(self, table: Any) -> Self:
         return dataclasses.replace(self, length=table)
 
     def emptied(self) -> Self:
@@ -143,7 +143,7 @@ class ContiguousCache:
         ]
         return dataclasses.replace(self, key=one[0], value=one[1], length=one[2])
 
-    def with_row(self, index: Any, one: Self) -> Self:
+    def with_row(self, index: Any, one: Any) -> Self:
         """With the sequence `index` replaced by a cache of batch 1."""
         put = jax.lax.dynamic_update_slice_in_dim
         return dataclasses.replace(

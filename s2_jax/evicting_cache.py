@@ -119,12 +119,22 @@ class EvictingCache:
             max_length=max_length,
         )
 
+    @staticmethod
+    def slots_for(pattern: Pattern, num_heads: int, num_kv_heads: int, max_length: int) -> int:
+        """Pages that a sequence of `max_length` tokens takes of each head.
+
+        Raises:
+          ValueError: the pattern is not causal, does not fit the heads, or is not KV-efficient.
+        """
+        blocks = -(-max_length // pattern.block_size)
+        return plan_pages(pattern, num_heads, num_kv_heads, blocks).slots
+
     @property
     def length(self) -> Int[Array, " batch"]:
         """Tokens that each sequence has so far."""
         return self.table.length
 
-    def with_table(self, table: PageTable) -> Self:
+    def with_table(self, table: Any) -> Self:
         return dataclasses.replace(self, table=table)
 
     def pages_needed(self, length: int) -> int:
@@ -209,7 +219,7 @@ class EvictingCache:
         take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=index, slice_size=1)
         return self.with_table(jax.tree.map(take, self.table))
 
-    def with_row(self, index: Any, one: Self) -> Self:
+    def with_row(self, index: Any, one: Any) -> Self:
         """With the sequence `index`, and the pages, replaced by those of a cache of batch 1."""
         put = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=index, axis=0)
         return one.with_table(jax.tree.map(put, self.table, one.table))

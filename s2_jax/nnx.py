@@ -10,6 +10,8 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from s2_jax.attention import s2_attention
+from s2_jax.cache_checks import check_cache_of
+from s2_jax.cached_attention import Cache, cached_attention
 from s2_jax.checks import (
     axis_size,
     check_float_array,
@@ -217,7 +219,44 @@ class S2Attention(nnx.Module):
             kv_segment_ids=kv_segment_ids,
         )
 
-    # The three steps of a call, for those who keep keys and values in a cache.
+    def extend(
+        self,
+        x: Float[Array, "batch new in_features"],
+        cache: Cache,
+        *,
+        lengths: Int[Array, " batch"] | None = None,
+        first: bool = False,
+    ) -> tuple[Float[Array, "batch new in_features"], Cache]:
+        """New tokens join a cache and attend to what it holds; see `s2_jax.cached_attention`.
+
+        Args:
+          x: the new tokens, at positions `cache.length + arange(new)`.
+          cache: made for this pattern and these heads.
+          lengths: int32 `[batch]`, new tokens that count; by default all.
+          first: the sequences begin with these tokens.
+
+        Raises:
+          ValueError, TypeError: a cache of another pattern or other heads, shapes that do not fit.
+        """
+        axis_size(self.head_axis)
+        check_input(x, None, 0, None, None, self.in_features)
+        check_cache_of(cache, self.pattern, self.num_heads, self.num_kv_heads)
+        start = 0 if first else cache.length
+        query = self.project_query(x, start)
+        key, value = self.project_key_value(x, start)
+        attended, cache = cached_attention(
+            query,
+            key,
+            value,
+            cache,
+            lengths=lengths,
+            first=first,
+            head_axis=self.head_axis,
+            implementation=self.implementation,
+        )
+        return self._project_out(attended), cache
+
+    # The three steps of a call, for those who keep keys and values in a way of their own.
 
     def project_query(
         self, x: Float[Array, "*batch length in_features"], query_offset: Any = 0
@@ -251,5 +290,10 @@ class S2Attention(nnx.Module):
             head_axis=self.head_axis,
             **options,
         )
+        return self._project_out(attended)
+
+    def _project_out(
+        self, attended: Float[Array, "*batch length heads head_dim"]
+    ) -> Float[Array, "*batch length in_features"]:
         out = self.out(attended)
         return out if self.head_axis is None else jax.lax.psum(out, self.head_axis)

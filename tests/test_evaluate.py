@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from models.tokenizer import ByteTokenizer
 from tests.test_train_loop import run, settings, write_text
 from train.batches import load_batches
 from train.evaluate import Settings, accuracies, answered, evaluate, loss_by_position
 from train.retrieval import Haystack, passkey
 from train.saved import load_run
-from train.tokenizer import ByteTokenizer
 
 
 @pytest.fixture(autouse=True)

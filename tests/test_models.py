@@ -1,4 +1,4 @@
-"""The model: what a layer sees, causality, precision, sampling, and settings that are refused."""
+"""The model: what a layer sees, causality, precision, and settings that are refused."""
 
 import dataclasses
 
@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, use_abstract_mesh
 
 import s2_jax
-from models import HybridConfig, ModelConfig, Transformer, generate
+from models import HybridConfig, ModelConfig, Transformer
 from models.presets import PRESETS
 from tests.test_lowering import H100
 
@@ -226,46 +226,6 @@ def test_presets_have_the_size_of_their_name_without_the_vocabulary(name, parame
         for config in (dataclasses.replace(PRESETS[name], num_layers=layers) for layers in (1, 2))
     )
     assert (two - one) * PRESETS[name].num_layers == pytest.approx(parameters, rel=0.05)
-
-
-def test_greedy_generation_takes_the_likeliest_token_every_time():
-    model = make()
-    graphdef, params = nnx.split(model, nnx.Param)
-    window, row = 7, [3, 1, 4, 1, 5]
-    out = generate(
-        graphdef, params, row, jax.random.key(0), window=window, length=6, temperature=0.0
-    )
-    logits = nnx.jit(model)
-    for _ in range(6):
-        seen = row[-window:]
-        padded = jnp.asarray([seen + [0] * (window - len(seen))], jnp.int32)
-        row = [*row, int(logits(padded)[0, len(seen) - 1].argmax())]
-    assert out.tolist() == row
-
-
-def test_sampling_depends_on_the_key_alone():
-    graphdef, params = nnx.split(make(), nnx.Param)
-    first, again, other = (
-        generate(graphdef, params, [2], jax.random.key(seed), window=16, length=20).tolist()
-        for seed in (5, 5, 6)
-    )
-    assert first == again != other
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"prompt": []}, "at least one token"),
-        ({"window": 0}, "window=0"),
-        ({"length": 0}, "length=0"),
-        ({"temperature": -1.0}, "temperature=-1.0"),
-    ],
-)
-def test_generation_refuses(change, message):
-    graphdef, params = nnx.split(make(), nnx.Param)
-    call = {"prompt": [1], "window": 8, "length": 1} | change
-    with pytest.raises(ValueError, match=message):
-        generate(graphdef, params, call.pop("prompt"), jax.random.key(0), **call)
 
 
 @pytest.mark.parametrize(

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import tokenizers
 
+from models.tokenizer import END_TOKEN, TextTokenizer, train_bpe
 from train.corpus import validation_names
 from train.documents import find_documents, split_documents
 from train.prepare import PrepareConfig, main, prepare
 from train.shards import fingerprint, open_shards
 from train.summary import summary
-from train.tokenizer import END_TOKEN, TextTokenizer, train_bpe
 
 WORDS = ("alpha", "beta", "gamma", "delta", "Straße", "日本", "\n", "    ")
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
+from models.tokenizer import ByteTokenizer, TextTokenizer, train_bpe
 from train.retrieval import Haystack, associative_recall, multi_needle, passkey
-from train.tokenizer import ByteTokenizer, TextTokenizer, train_bpe
 
 TEXT = "".join(f"Line {i} of a long and boring text, with {i * i} in it.\n" for i in range(900))
 TASKS = {"passkey": passkey, "multi-needle": multi_needle, "recall": associative_recall}

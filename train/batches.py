@@ -8,12 +8,12 @@ from typing import Any
 import grain
 import numpy as np
 
+from models.tokenizer import ByteTokenizer, Tokenizer
 from train.config import TrainConfig
 from train.data import load_data
 from train.entropy import Entropies
 from train.packing import Batch, Rows, train_rows, validation_rows
 from train.shards import is_prepared, open_shards
-from train.tokenizer import ByteTokenizer, Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from models.config import ModelConfig
 from models.presets import PRESETS
+from models.tokenizer import NUM_BYTES
 from train.shards import is_prepared
-from train.tokenizer import NUM_BYTES
 
 
 def _check_positive(config: Any, *names: str) -> None:
@@ -120,7 +120,7 @@ class ReportConfig:
     keep: int = 3
     """Checkpoints that are kept, the last ones."""
     sample_bytes: int = 400
-    """Length of the text generated at the end."""
+    """Tokens of the text generated at the end."""
     temperature: float = 0.8
     """Of that text; 0 takes the likeliest byte every time."""
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import json
 import os
 from pathlib import Path
 
+from models.saved import TOKENIZER, TOKENIZER_SETTINGS
+from models.tokenizer import TextTokenizer, Tokenizer
 from train.config import TrainConfig, differing_fields
 from train.environment import environment
 
@@ -17,9 +20,13 @@ class RunFolder:
 
     root: Path
 
-    def create(self, config: TrainConfig) -> None:
+    def create(self, config: TrainConfig, tokenizer: Tokenizer) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
         write_text(self.environment, environment())
+        if isinstance(tokenizer, TextTokenizer):  # the run's model can be used without its data
+            write_text(self.root / TOKENIZER, tokenizer.json)
+            settings = {"eos_token": tokenizer.end_text}
+            write_text(self.root / TOKENIZER_SETTINGS, json.dumps(settings) + "\n")
         write_text(self.config, config.to_json())
 
     @property

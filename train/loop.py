@@ -69,7 +69,7 @@ def train(run: Run, console: Console) -> Report | None:
     introduce(config, data, program.like, run.folder, console)
     first = jax.process_index() == 0
     if first and not config.resume:
-        run.folder.create(config)
+        run.folder.create(config, data.tokenizer)
     with Checkpoints(run.folder.checkpoints, config.report.keep) as checkpoints:
         if config.resume:
             restored, position = checkpoints.restore(

@@ -15,12 +15,12 @@ import tyro
 from jaxtyping import Int
 from rich.console import Console
 
+from models.tokenizer import END_TOKEN, ByteTokenizer, TextTokenizer, Tokenizer, train_bpe
 from train.documents import Document, SplitDocuments, find_documents, split_documents
 from train.folder import write_text
 from train.shard_writer import ShardWriter, token_dtype
 from train.shards import MANIFEST, SPLITS, TOKENIZER, VERSION, fingerprint
 from train.summary import Prepared, printable, summary
-from train.tokenizer import END_TOKEN, ByteTokenizer, TextTokenizer, Tokenizer, train_bpe
 
 _BATCH_CHARACTERS = 1 << 22
 _VOCAB_SIZE = 32_768

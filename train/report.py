@@ -6,11 +6,11 @@ import dataclasses
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from rich.console import Console
 
-from models import ModelConfig, generate
+from models import Generator, GeneratorConfig, ModelConfig, Sampling
 from train.batches import Batches
 from train.config import TrainConfig
 from train.entropy import Entropies
@@ -77,23 +77,26 @@ def write_report(
     config: TrainConfig, graphdef: Any, state: TrainState, data: Batches, folder: RunFolder
 ) -> Report:
     """Generates the sample and draws the pictures; `state` is the last one, on the host."""
-    prompt = data.tokenizer.encode([_PROMPT])[0]
-    tokens = generate(
-        graphdef,
-        jax.device_put(state.params),
-        jnp.asarray(prompt, jnp.int32),
-        jax.random.wrap_key_data(jnp.asarray(state.key)),
-        window=config.seq_len,
-        length=config.report.sample_bytes,
-        temperature=config.report.temperature,
-    )
-    sample = data.tokenizer.decode(np.asarray(tokens))
+    sample = _PROMPT + data.tokenizer.decode(np.asarray(_write_on(config, graphdef, state, data)))
     write_text(folder.sample, sample)
     records = read_metrics(folder.metrics)
     save_loss_curve(folder.loss_curve, records, data)
     save_pattern(folder.pattern, config.model, config.seq_len)
     validation = [record["validation"] for record in records if "validation" in record][-1]
     return Report(folder, validation, data.entropies, sample)
+
+
+def _write_on(config: TrainConfig, graphdef: Any, state: TrainState, data: Batches) -> list[int]:
+    prompt, report = data.tokenizer.encode([_PROMPT])[0].tolist(), config.report
+    settings = GeneratorConfig(max_length=len(prompt) + report.sample_bytes, rows=1, steps=64)
+    model = nnx.merge(graphdef, jax.device_put(state.params))
+    [written] = Generator(config.model, model, settings).generate(
+        [prompt],
+        max_tokens=report.sample_bytes,
+        sampling=Sampling(temperature=report.temperature),
+        seed=config.seed,
+    )
+    return written.tokens
 
 
 def _print(console: Console, *lines: str) -> None:

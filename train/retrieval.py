@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Bool, Int, Int32
 
-from train.tokenizer import Tokenizer
+from models.tokenizer import Tokenizer
 
 _DIGITS = 7
 _ATTEMPTS = 100

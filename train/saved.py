@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import types
-import typing
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from models.from_json import build
 from train.checkpoint import Checkpoints
 from train.config import MeshConfig, TrainConfig
 from train.folder import RunFolder
@@ -38,7 +37,7 @@ def load_run(root: Path, say: Callable[[str], object]) -> SavedRun:
     if not folder.config.is_file():
         raise ValueError(f"{str(root)!r} holds no run: no config.json in it")
     try:
-        saved = _build(TrainConfig, json.loads(folder.config.read_text(encoding="utf-8")))
+        saved = build(TrainConfig, json.loads(folder.config.read_text(encoding="utf-8")))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{str(folder.config)!r} does not describe a run: {error}") from error
     config = dataclasses.replace(saved, out=root, parallel="jit", mesh=MeshConfig(), accumulate=1)
@@ -46,17 +45,3 @@ def load_run(root: Path, say: Callable[[str], object]) -> SavedRun:
     with Checkpoints(folder.checkpoints, config.report.keep) as checkpoints:
         state, _ = checkpoints.restore(program.like, say, put_aside=False)
     return SavedRun(folder, config, program.graphdef, state.params, int(state.step))
-
-
-def _build(cls: type[Any], values: dict[str, Any]) -> Any:
-    """A dataclass of plain JSON values, nested ones too."""
-    hints = typing.get_type_hints(cls)
-    return cls(**{name: _value(hints[name], value) for name, value in values.items()})
-
-
-def _value(kind: Any, value: Any) -> Any:
-    if isinstance(kind, types.UnionType) and value is not None:
-        [kind] = [one for one in kind.__args__ if one is not type(None)][:1]
-    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
-        return _build(kind, value)
-    return Path(value) if kind is Path and value is not None else value

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int32, Int64
 
-from train.tokenizer import ByteTokenizer, TextTokenizer, Tokenizer
+from models.tokenizer import ByteTokenizer, TextTokenizer, Tokenizer
 
 VERSION = 1
 MANIFEST = "shards.json"

@@ -58,6 +58,7 @@ class TextTokenizer:
             self._tokenizer = tokenizers.Tokenizer.from_str(json)
         except Exception as error:  # the package raises nothing more specific
             raise ValueError(f"tokenizer: not a tokenizer.json ({error})") from None
+        self.json, self.end_text = json, end_token
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         # A text that spells the end token out does not end there.

@@ -1,0 +1,372 @@
+"""Generation: prompts are taken in as rows and pages become free, and decoded together."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Int
+
+from models.cache import Kind, ModelCache
+from models.config import ModelConfig
+from models.sampling import Sampling
+from models.transformer import Transformer
+
+OnTokens = Callable[[int, list[int]], object]
+_SMALLEST_CHUNK = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """Tokens that follow a prompt. reason: why there are no more; a stop token is the last one."""
+
+    tokens: list[int]
+    reason: Literal["stop", "length"]
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratorConfig:
+    """How much is generated at a time."""
+
+    max_length: int = 4096
+    """Tokens of a prompt and what follows it."""
+    rows: int = 8
+    """Sequences that are decoded together; further prompts wait."""
+    cache: Kind = "evicting"
+    """Keep what a head can still see, where the pattern allows that; or everything."""
+    pages: int | None = None
+    """Pages of each evicting layer, for all rows; by default every row has all it can need."""
+    chunk: int | None = None
+    """Tokens of a prompt that are taken in at a time; by default all."""
+    steps: int = 16
+    """Tokens that are decoded before any are looked at."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_length", "rows", "pages", "chunk", "steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value!r} must be positive")
+        if self.cache not in ("evicting", "contiguous"):
+            raise ValueError(f"cache={self.cache!r} must be evicting or contiguous")
+
+
+class _Rows(NamedTuple):
+    """The sequences that are being decoded, one a row.
+
+    token: int32 `[rows]`, the last one, which the cache does not hold yet. left: int32 `[rows]`,
+    tokens still to come; 0 for a row that is free. request: int32 `[rows]`, the number of the
+    prompt, of which the random numbers depend.
+    """
+
+    token: Int[Array, " rows"]
+    left: Int[Array, " rows"]
+    request: Int[Array, " rows"]
+
+
+@dataclasses.dataclass
+class _Request:
+    number: int
+    prompt: np.ndarray
+    num_pages: int
+    pages: list[int] = dataclasses.field(default_factory=list)
+    tokens: list[int] = dataclasses.field(default_factory=list)
+
+
+class Generator:
+    """Generates from one model with caches of one size; compiles once for all prompts.
+
+    Attributes:
+      pages: of every layer that evicts, for all rows together.
+    """
+
+    def __init__(
+        self, config: ModelConfig, model: Transformer, settings: GeneratorConfig | None = None
+    ) -> None:
+        self.config = config
+        self.settings = settings or GeneratorConfig()
+        self._graphdef, self._params = nnx.split(model, nnx.Param)
+        self._shapes = jax.eval_shape(lambda: self._make_cache(1))
+        self.pages = self.settings.pages or self.settings.rows * self._shapes.slots
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        max_tokens: int,
+        sampling: Sampling | None = None,
+        stop: Sequence[int] = (),
+        seed: int = 0,
+        on_tokens: OnTokens | None = None,
+    ) -> list[Generation]:
+        """What follows each prompt. A result depends on its prompt, its number and the seed alone.
+
+        Args:
+          prompts: tokens, at least one each.
+          max_tokens: most tokens to generate for each.
+          sampling: how tokens are drawn; by default at temperature 1.
+          stop: tokens after which a sequence ends.
+          on_tokens: called with the number of a prompt and its next tokens, as they come.
+
+        Raises:
+          ValueError, TypeError: an empty prompt, a token out of range, a sequence longer than
+            `max_length`, or one that needs more pages than there are; all before anything is
+            computed.
+        """
+        requests = self._checked(prompts, max_tokens, stop)
+        batch = _Batch(self, requests, max_tokens, sampling or Sampling(), stop, seed, on_tokens)
+        while batch.waiting or batch.running:
+            batch.admit()
+            if batch.running:
+                batch.decode()
+        return [batch.results[request.number] for request in requests]
+
+    def pages_needed(self, length: int) -> int:
+        """Pages that a sequence of `length` tokens takes of each layer that evicts."""
+        return self._shapes.pages_needed(length)
+
+    def empty_cache(self) -> ModelCache:
+        return self._make_cache(self.pages or 1)
+
+    def _make_cache(self, num_pages: int) -> ModelCache:
+        settings = self.settings
+        return ModelCache.create(
+            self.config,
+            batch=settings.rows,
+            max_length=settings.max_length,
+            kind=settings.cache,
+            num_pages=num_pages,
+        )
+
+    def _checked(
+        self, prompts: Sequence[Sequence[int]], max_tokens: int, stop: Sequence[int]
+    ) -> list[_Request]:
+        vocab, longest = self.config.vocab_size, self.settings.max_length
+        if max_tokens < 1:
+            raise ValueError(f"{max_tokens=} must be positive")
+        if not all(0 <= token < vocab for token in stop):
+            raise ValueError(f"stop={list(stop)} must be tokens from 0 to below {vocab}")
+        requests = []
+        for number, prompt in enumerate(prompts):
+            tokens = np.asarray(prompt)
+            if tokens.ndim != 1 or not tokens.size:
+                raise ValueError(f"prompt {number} must be a row of at least one token")
+            if not np.issubdtype(tokens.dtype, np.integer):
+                raise TypeError(f"prompt {number} must hold integers, got {tokens.dtype}")
+            if tokens.min() < 0 or tokens.max() >= vocab:
+                raise ValueError(
+                    f"prompt {number} has tokens from {tokens.min()} to {tokens.max()}, "
+                    f"they must be from 0 to below {vocab}"
+                )
+            length = tokens.size + max_tokens
+            if length > longest:
+                raise ValueError(
+                    f"prompt {number} has {tokens.size} tokens and {max_tokens=}: more than "
+                    f"max_length={longest} in all"
+                )
+            if (need := self.pages_needed(length)) > self.pages:
+                raise ValueError(
+                    f"prompt {number} needs {need} pages, but there are pages={self.pages}"
+                )
+            requests.append(_Request(number, tokens.astype(np.int32), need))
+        return requests
+
+    def take_in(
+        self, cache: ModelCache, row: int, request: _Request, sampling: Sampling, key: Array
+    ) -> tuple[int, ModelCache]:
+        """A prompt joins a row, chunk by chunk; the token that follows it, and the cache."""
+        pages = np.full(max(cache.slots, request.num_pages), -1, np.int32)
+        pages[: request.num_pages] = request.pages
+        cache = _give_pages(cache, row, jnp.asarray(pages))
+        length = request.prompt.size
+        chunk = min(self.settings.chunk or length, length)
+        token: Any = None
+        for start in range(0, length, chunk):
+            part = request.prompt[start : start + chunk]
+            padded = np.zeros((1, min(_bucket(part.size), self.settings.max_length)), np.int32)
+            padded[0, : part.size] = part
+            token, cache = _take_in(
+                self._params,
+                cache,
+                jnp.asarray(padded),
+                np.int32(part.size),
+                np.int32(row),
+                key,
+                np.int32(request.number),
+                graphdef=self._graphdef,
+                sampling=sampling,
+                first=start == 0,
+            )
+        return int(token), cache
+
+    def decode(
+        self, cache: ModelCache, rows: _Rows, sampling: Sampling, stops: Array, key: Array
+    ) -> tuple[np.ndarray, _Rows, ModelCache]:
+        """Some tokens of every row in use, `[steps, rows]`, -1 where there is none."""
+        produced, rows, cache = _decode(
+            self._params,
+            cache,
+            rows,
+            key,
+            stops,
+            graphdef=self._graphdef,
+            sampling=sampling,
+            steps=self.settings.steps,
+        )
+        return np.asarray(produced), rows, cache
+
+
+class _Batch:
+    """One call of `Generator.generate`: who waits, who has a row, and which pages are free."""
+
+    def __init__(
+        self,
+        generator: Generator,
+        requests: list[_Request],
+        max_tokens: int,
+        sampling: Sampling,
+        stop: Sequence[int],
+        seed: int,
+        on_tokens: OnTokens | None,
+    ) -> None:
+        self.waiting = collections.deque(requests)
+        self.running: dict[int, _Request] = {}
+        self.results: dict[int, Generation] = {}
+        self._generator = generator
+        self._max_tokens, self._sampling, self._stop = max_tokens, sampling, frozenset(stop)
+        self._stops, self._key = jnp.asarray(sorted(self._stop), jnp.int32), jax.random.key(seed)
+        self._tell = on_tokens or (lambda number, tokens: None)
+        self._free_pages = list(range(generator.pages))
+        self._free_rows = list(range(generator.settings.rows))
+        none = np.zeros((generator.settings.rows,), np.int32)
+        self._rows = _Rows(*(jnp.asarray(none) for _ in _Rows._fields))
+        self._cache = generator.empty_cache()
+
+    def admit(self) -> None:
+        """Takes in prompts, in their order, while there are rows and pages for them."""
+        while self.waiting and self._free_rows:
+            request = self.waiting[0]
+            if request.num_pages > len(self._free_pages):
+                return
+            self.waiting.popleft()
+            row = self._free_rows.pop(0)
+            request.pages = self._free_pages[: request.num_pages]
+            del self._free_pages[: request.num_pages]
+            token, self._cache = self._generator.take_in(
+                self._cache, row, request, self._sampling, self._key
+            )
+            self.running[row] = request
+            left = 0 if token in self._stop else self._max_tokens - 1
+            self._rows = _Rows(
+                self._rows.token.at[row].set(token),
+                self._rows.left.at[row].set(left),
+                self._rows.request.at[row].set(request.number),
+            )
+            self._add(row, [token], left)
+
+    def decode(self) -> None:
+        produced, self._rows, self._cache = self._generator.decode(
+            self._cache, self._rows, self._sampling, self._stops, self._key
+        )
+        left = np.asarray(self._rows.left)
+        for row in list(self.running):
+            new = produced[:, row]
+            self._add(row, new[new >= 0].tolist(), left[row])
+
+    def _add(self, row: int, tokens: list[int], left: int) -> None:
+        request = self.running[row]
+        request.tokens += tokens
+        self._tell(request.number, tokens)
+        if not left:
+            stopped = request.tokens[-1] in self._stop
+            self.results[request.number] = Generation(
+                request.tokens, "stop" if stopped else "length"
+            )
+            del self.running[row]
+            self._free_pages += request.pages
+            self._free_rows.append(row)
+
+
+def _bucket(length: int) -> int:
+    """Prompts of about one length share a compiled program: the next power of two."""
+    return max(_SMALLEST_CHUNK, 1 << (length - 1).bit_length())
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _give_pages(cache: ModelCache, row: Any, pages: Int[Array, " slots"]) -> ModelCache:
+    return cache.with_pages(row, pages)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("graphdef", "sampling", "first"), donate_argnames="cache"
+)
+def _take_in(
+    params: Any,
+    cache: ModelCache,
+    tokens: Int[Array, "1 chunk"],
+    length: Int[Array, ""],
+    row: Int[Array, ""],
+    key: Array,
+    request: Int[Array, ""],
+    *,
+    graphdef: Any,
+    sampling: Sampling,
+    first: bool,
+) -> tuple[Int[Array, ""], ModelCache]:
+    """A chunk of a prompt joins a row; the token that follows, and the cache."""
+    model = nnx.merge(graphdef, params)
+    x, one = model.extend(tokens, cache.row(row), lengths=length[None], first=first)
+    last = jax.lax.dynamic_slice_in_dim(x, length - 1, 1, axis=1)
+    token = _draw(key, request[None], one.length, model.logits(last)[:, 0], sampling)
+    return token[0], cache.with_row(row, one)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("graphdef", "sampling", "steps"), donate_argnames=("cache", "rows")
+)
+def _decode(
+    params: Any,
+    cache: ModelCache,
+    rows: _Rows,
+    key: Array,
+    stops: Int[Array, " stops"],
+    *,
+    graphdef: Any,
+    sampling: Sampling,
+    steps: int,
+) -> tuple[Int[Array, "steps rows"], _Rows, ModelCache]:
+    """Up to `steps` tokens of every row that is not free; -1 where there is none."""
+    model = nnx.merge(graphdef, params)
+
+    def more(state: tuple[Any, ...]) -> Bool[Array, ""]:
+        step, _, rows, _ = state
+        return (step < steps) & jnp.any(rows.left > 0)
+
+    def add_token(state: tuple[Any, ...]) -> tuple[Any, ...]:
+        step, produced, rows, cache = state
+        active = rows.left > 0
+        x, cache = model.extend(rows.token[:, None], cache, lengths=active.astype(jnp.int32))
+        token = _draw(key, rows.request, cache.length, model.logits(x)[:, 0], sampling)
+        ended = jnp.any(token[:, None] == stops, axis=1)
+        left = jnp.where(active & ~ended, rows.left - 1, 0)
+        produced = produced.at[step].set(jnp.where(active, token, -1))
+        return step + 1, produced, _Rows(token, left, rows.request), cache
+
+    produced = jnp.full((steps, rows.token.size), -1, jnp.int32)
+    _, produced, rows, cache = jax.lax.while_loop(
+        more, add_token, (jnp.int32(0), produced, rows, cache)
+    )
+    return produced, rows, cache
+
+
+def _draw(key: Array, request: Array, position: Array, logits: Array, sampling: Sampling) -> Array:
+    """The next token of every row, from random numbers of its request and its position."""
+    of_request = jax.vmap(jax.random.fold_in, (None, 0))(key, request)
+    keys = jax.vmap(jax.random.fold_in)(of_request, position)
+    return sampling.draw(keys, logits)
