@@ -117,6 +117,8 @@ class ModelConfig:
     """What is computed in; the parameters are float32."""
     implementation: Literal["triton", "jax_triton", "interpret", "reference"] | None = None
     """How attention runs; None takes the GPU kernels on a GPU and the reference elsewhere."""
+    dense_implementation: Literal["cudnn"] | None = None
+    """How dense layers run, if not like the others: by cuDNN, without segments (GPU only)."""
     remat: Remat = "none"
     """What the backward pass recomputes to save memory: nothing; every layer, a third more work;
     or every layer but the attention itself, whose output it keeps."""
@@ -145,12 +147,21 @@ class ModelConfig:
         if not 1 < self.rope_base < math.inf:
             raise ValueError(f"rope_base={self.rope_base!r} must be greater than 1, and finite")
         _check_choice(self, "dtype", "float32", "bfloat16")
+        if self.dense_implementation is not None:
+            _check_choice(self, "dense_implementation", "cudnn")
+            if self.dtype == "float32":
+                raise ValueError("dense_implementation='cudnn' needs dtype='bfloat16'")
         _check_choice(self, "remat", "none", "full", "attention")
 
     @property
     def head_features(self) -> int:
         """`head_dim`, or what stands for it where it is left out."""
         return self.width // self.num_heads if self.head_dim is None else self.head_dim
+
+    def implementation_of(self, pattern: Pattern) -> str | None:
+        """How a layer with this pattern attends."""
+        of_dense = self.dense_implementation
+        return of_dense if of_dense and pattern == self.attention.dense else self.implementation
 
     def patterns(self) -> tuple[Pattern, ...]:
         """One pattern per layer, from the bottom up."""

@@ -353,7 +353,7 @@ def _decode(
         active = rows.left > 0
         x, cache = model.extend(rows.token[:, None], cache, lengths=active.astype(jnp.int32))
         token = _draw(key, rows.request, cache.length, model.logits(x)[:, 0], sampling)
-        ended = jnp.any(token[:, None] == stops, axis=1)
+        ended = jnp.any(token[:, None] == stops[None], axis=1)
         left = jnp.where(active & ~ended, rows.left - 1, 0)
         produced = produced.at[step].set(jnp.where(active, token, -1))
         return step + 1, produced, _Rows(token, left, rows.request), cache

@@ -61,7 +61,7 @@ class Block(nnx.Module):
             head_dim=config.head_dim,
             rope_base=config.rope_base,
             dtype=jnp.dtype(config.dtype),
-            implementation=config.implementation,
+            implementation=config.implementation_of(pattern),
             rngs=rngs,
         )
         self.mlp_norm = RMSNorm(config.width, epsilon=config.norm_epsilon)

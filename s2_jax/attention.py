@@ -19,6 +19,7 @@ from pallas_kernels.explicit import explicit_axes, explicit_spec, is_split
 from pallas_kernels.tiles import TileConfig, pick_tiles
 from pallas_kernels.tokens import Tokens
 from s2_jax.checks import Call, check_call, check_implementation
+from s2_jax.cudnn import check_cudnn, cudnn_attention
 from s2_jax.layout import PatternLayouts, gathers_keys, number_patterns
 from s2_jax.patterns import Pattern
 from s2_jax.reference import reference_attention
@@ -78,7 +79,8 @@ def s2_attention(
       implementation: None takes the kernels where the call is lowered for an NVIDIA GPU and the
         reference elsewhere; "triton" the kernels; "jax_triton" the same kernels compiled by the
         official Triton instead of XLA's (`pip install s2-jax[triton]`); "interpret" the same in
-        Pallas' interpreter, on any machine; "reference" plain jnp.
+        Pallas' interpreter, on any machine; "reference" plain jnp; "cudnn" cuDNN's attention, for
+        `s2_jax.dense` alone, in bfloat16 or float16.
       tiles: tile sizes for the kernels, instead of the heuristic's.
 
     Returns:
@@ -100,15 +102,19 @@ def s2_attention(
         query_seq_lengths=query_seq_lengths, key_value_seq_lengths=key_value_seq_lengths,
         logits_soft_cap=logits_soft_cap, head_axis=head_axis,
     )  # fmt: skip
+    if implementation == "cudnn":
+        check_cudnn(call, return_lse=return_lse)
     chosen = choose(call, implementation)
     if 0 in (call.query.shape[0], call.query.shape[1], call.key.shape[1]):
         out, lse = _nothing_to_see(call)
     elif chosen == "reference":
         out, lse = _run_reference(Reference.of(call), *_operands(call))
+    elif chosen == "cudnn":
+        out, lse = cudnn_attention(call), None
     else:
         out, lse = _kernels(call, implementation, tiles)
     if unbatched:
-        out, lse = out[0], lse[0]
+        out, lse = jax.tree.map(lambda x: x[0], (out, lse))
     return (out, lse) if return_lse else out
 
 
@@ -226,7 +232,7 @@ def _kernels(
 
 
 def choose(call: Call, implementation: str | None) -> str:
-    """ "kernels" or "reference"; raises where what was asked for cannot run."""
+    """ "kernels", "reference" or "cudnn"; raises where what was asked for cannot run."""
     if implementation == "reference":
         return "reference"
     missing = _missing_in_kernels(call)
@@ -243,12 +249,14 @@ def choose(call: Call, implementation: str | None) -> str:
                 f"{(capability or 0) / 10}; the reference runs instead", stacklevel=3,
             )  # fmt: skip
             return "reference"
-    if implementation in ("triton", "jax_triton") and (not on_gpu or too_old):
+    if implementation in ("triton", "jax_triton", "cudnn") and (not on_gpu or too_old):
         raise ValueError(
             f'implementation="{implementation}" needs an NVIDIA GPU (Ampere or newer), but '
             f"this call is traced for {lowering.target_platform()!r}; "
             f'"interpret" and "reference" run anywhere'
         )
+    if implementation == "cudnn":
+        return "cudnn"
     if implementation == "jax_triton" and (packages := lowering.missing_packages()):
         raise ValueError(
             f'implementation="jax_triton" needs {" and ".join(packages)}: '

@@ -97,6 +97,7 @@ def cached_attention(
     step = jnp.arange(new, dtype=jnp.int32)
     position = start[:, None] + step
     counts = step < lengths[:, None]
+    later = None if implementation == "cudnn" else implementation  # it takes whole prompts alone
     if first:
         out = attend(call.query, call.key, call.value, key_value_seq_lengths=lengths)
     elif new <= _DECODE_AT_MOST:
@@ -104,11 +105,18 @@ def cached_attention(
             cache.pattern, jnp.where(counts, position, -1), kv_heads, cache.num_heads,
             cache.num_kv_heads,
         )  # fmt: skip
-        out = _decode(call, grown, queries, implementation)
+        out = _decode(call, grown, queries, later)
     else:
         keys, values = before.whole(call.key, call.value, lengths, kv_heads)
         held = jnp.minimum(start + lengths, keys.shape[1])
-        out = attend(call.query, keys, values, query_offset=start, key_value_seq_lengths=held)
+        out = attend(
+            call.query,
+            keys,
+            values,
+            query_offset=start,
+            key_value_seq_lengths=held,
+            implementation=later,
+        )
     beyond = counts & (position >= cache.max_length)
     return jnp.where(beyond[..., None, None], jnp.nan, out), cast(Cache, grown)
 

@@ -62,17 +62,18 @@ PATTERNS = {
     "s2 and a window": dataclasses.replace(HYBRID, window=45),
     "window": HybridConfig(kind="window", dense_first=1, block_size=16, window=37),
 }
-ODD_CHUNKS = (37, 5, 1, 1, 23, 16, 17, 1, 1)
+ODD_CHUNKS = (37, 1, 1, 23, 1, 11, 23, 1)
 CALLS = [
-    *(pytest.param(attention, ODD_CHUNKS, id=name) for name, attention in PATTERNS.items()),
-    pytest.param(HYBRID, (1,) * 70, id="token by token"),
+    *(pytest.param(attn, ODD_CHUNKS, "evicting", id=name) for name, attn in PATTERNS.items()),
+    pytest.param(HYBRID, (1,) * 70, "evicting", id="token by token"),
+    pytest.param(HYBRID, ODD_CHUNKS, "contiguous", id="contiguous"),
 ]
 
 
-@pytest.mark.parametrize("kind", ["evicting", "contiguous"])
-@pytest.mark.parametrize(("attention", "chunks"), CALLS)
+@pytest.mark.parametrize(("attention", "chunks", "kind"), CALLS)
 def test_decoding_gives_the_logits_of_one_forward_pass(attention, chunks, kind):
-    config = dataclasses.replace(CONFIG, attention=attention)
+    attention = dataclasses.replace(attention, dense_every=2)
+    config = dataclasses.replace(CONFIG, num_layers=2, attention=attention)
     model = make(config)
     tokens = jax.random.randint(jax.random.key(1), (2, sum(chunks)), 0, config.vocab_size)
     expected = nnx.jit(model)(tokens)
@@ -91,8 +92,9 @@ def test_a_sparse_layer_keeps_less_and_a_dense_one_everything():
     cache = ModelCache.create(CONFIG, batch=1, max_length=16 * 60)
     sizes = [layer.key.nbytes for layer in cache.layers]
     assert [layer.paged for layer in cache.layers] == [True, True, False]
-    # Of 60 blocks: 58 / 3 columns and 2 local ones, one more that a block border needs.
-    assert sizes[0] == sizes[1] == sizes[2] * 23 // 60
+    # Of 60 blocks every third, two local ones of which one may be such a column, and one that a
+    # block's end may still need.
+    assert sizes[0] == sizes[1] == sizes[2] * 22 // 60
     contiguous = ModelCache.create(CONFIG, batch=1, max_length=16 * 60, kind="contiguous")
     assert {layer.key.nbytes for layer in contiguous.layers} == {sizes[2]}
 
@@ -103,7 +105,8 @@ def test_a_prefix_is_taken_in_once():
     _, cache = model.extend(prefix, ModelCache.create(CONFIG, batch=1, max_length=40), first=True)
     for text in (a, b):
         x, _ = model.extend(text, cache)
-        expected = model.features(jnp.concatenate([prefix, text], axis=1))[:, -text.shape[1] :]
+        both = model.embeddings(jnp.concatenate([prefix, text], axis=1))
+        expected = model.features(both)[:, -text.shape[1] :]
         np.testing.assert_allclose(x, expected, rtol=2e-5, atol=2e-5)
 
 
@@ -245,7 +248,8 @@ def written(folder, capsys, **changes) -> str:
 
 def test_a_trained_run_writes_on(tmp_path, capsys):
     config = settings(write_text(tmp_path / "text"), tmp_path / "run", steps=2)
-    run(config)
+    with jax.numpy_dtype_promotion("standard"):  # Optax mixes integers and floats
+        run(config)
     text = written(config.out, capsys, prompt=("3 bottles",), sampling=GREEDY)
     assert text.startswith("3 bottles")
     saved = load_model(config.out)

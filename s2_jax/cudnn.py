@@ -1,0 +1,46 @@
+"""Dense attention by cuDNN, for layers whose pattern leaves nothing out."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from s2_jax.checks import Call
+from s2_jax.pieces import Dense
+
+
+def check_cudnn(call: Call, *, return_lse: bool) -> None:
+    """Raises ValueError where cuDNN cannot compute what is asked for."""
+    reasons = {
+        "a pattern other than s2_jax.dense": not isinstance(call.pattern, Dense),
+        "segment ids": call.segment_ids is not None,
+        "logits_soft_cap": call.logits_soft_cap is not None,
+        "return_lse, whose gradient it would drop": return_lse,
+        "query_offset, or other keys than those of the queries": (
+            not isinstance(call.query_offset, int)
+            or call.query_offset != 0
+            or call.query.shape[1] != call.key.shape[1]
+        ),
+        f"dtype {call.query.dtype}": call.query.dtype not in (jnp.bfloat16, jnp.float16),
+    }
+    if found := next((reason for reason, applies in reasons.items() if applies), None):
+        raise ValueError(f'implementation="cudnn" does not take {found}')
+
+
+def cudnn_attention(call: Call) -> jax.Array:
+    """Output `[batch, q_len, heads, value_dim]`; zeros for padded queries."""
+    out = jax.nn.dot_product_attention(
+        call.query,
+        call.key,
+        call.value,
+        scale=call.scale,
+        is_causal=call.pattern.causal,
+        query_seq_lengths=call.query_seq_lengths,
+        key_value_seq_lengths=call.key_value_seq_lengths,
+        implementation="cudnn",
+    )
+    if call.query_seq_lengths is None:
+        return out
+    row = jnp.arange(out.shape[1], dtype=jnp.int32)[None]
+    counts = row < call.query_seq_lengths[:, None]
+    return jnp.where(counts[:, :, None, None], out, 0)

@@ -1,0 +1,103 @@
+"""Dense layers by cuDNN: what is handed over, what comes back, and what is refused."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import s2_jax
+from pallas_kernels import lowering
+from s2_jax import ContiguousCache, cached_attention
+
+DENSE = s2_jax.dense(block_size=16)
+
+
+def inputs(length: int = 37, dtype: str = "bfloat16"):
+    shapes = [(2, length, heads, 64) for heads in (4, 2, 2)]
+    keys = jax.random.split(jax.random.key(0), 3)
+    return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes)]
+
+
+def call(pattern=DENSE, dtype: str = "bfloat16", **options):
+    return s2_jax.s2_attention(*inputs(dtype=dtype), pattern, implementation="cudnn", **options)
+
+
+@pytest.fixture(params=[pytest.param("cudnn", marks=pytest.mark.gpu), "stand-in"])
+def cudnn(request, monkeypatch):
+    """cuDNN itself on a GPU; elsewhere, XLA's own attention behind the same function."""
+    if request.param == "stand-in":
+        dot_product_attention = jax.nn.dot_product_attention
+
+        def stand_in(*args, implementation, **kwargs):
+            assert implementation == "cudnn"
+            return dot_product_attention(*args, implementation="xla", **kwargs)
+
+        monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+        monkeypatch.setattr(lowering, "target_platform", lambda: "gpu")
+        monkeypatch.setattr(lowering, "compute_capability", lambda: 90)
+    # jax.nn relies on these, in gradients too.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("lengths", [None, (37, 20)])
+def test_it_computes_what_the_reference_does(cudnn, causal, lengths):
+    pattern = s2_jax.dense(block_size=16, causal=causal)
+    options = {"scale": 0.2}
+    if lengths is not None:
+        array = jnp.asarray(lengths, jnp.int32)
+        options |= {"query_seq_lengths": array, "key_value_seq_lengths": array}
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(implementation, *arrays):
+        def loss(*arrays):
+            out = s2_jax.s2_attention(*arrays, pattern, implementation=implementation, **options)
+            return out.astype(jnp.float32).sum(), out
+
+        return jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(*arrays)
+
+    for mine, theirs in zip(
+        *map(jax.tree.leaves, (run("cudnn", *inputs()), run("reference", *inputs())))
+    ):
+        np.testing.assert_allclose(
+            np.asarray(mine, np.float32), np.asarray(theirs, np.float32), atol=0.05, rtol=0.05
+        )
+
+
+def test_a_prompt_is_taken_in_by_it_and_decoding_goes_on(cudnn):
+    query, key, value = inputs()
+    whole = s2_jax.s2_attention(query, key, value, DENSE, implementation="reference")
+    cache = ContiguousCache.create(
+        DENSE, batch=2, max_length=64, num_heads=4, num_kv_heads=2, head_dim=64
+    )
+    found = []
+    for start, stop in ((0, 30), (30, 31), (31, 37)):
+        new = (array[:, start:stop] for array in (query, key, value))
+        out, cache = cached_attention(*new, cache, first=start == 0, implementation="cudnn")
+        found.append(out)
+    got = np.asarray(jnp.concatenate(found, axis=1), np.float32)
+    np.testing.assert_allclose(got, np.asarray(whole, np.float32), atol=0.03, rtol=0.03)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pattern": s2_jax.local(2, block_size=16)}, "a pattern other than s2_jax.dense"),
+        ({"segment_ids": np.zeros((2, 37), np.int32)}, "segment ids"),
+        ({"logits_soft_cap": 3.0}, "logits_soft_cap"),
+        ({"return_lse": True}, "return_lse"),
+        ({"query_offset": 1}, "query_offset"),
+        ({"dtype": "float32"}, "dtype float32"),
+    ],
+)
+def test_what_it_cannot_do_is_refused(options, message):
+    with pytest.raises(ValueError, match=f'implementation="cudnn" does not take {message}'):
+        call(**options)
+
+
+def test_it_needs_a_gpu():
+    with jax.default_device(jax.devices("cpu")[0]), pytest.raises(ValueError, match="needs an NV"):
+        call()
