@@ -122,6 +122,9 @@ class ModelConfig:
     remat: Remat = "none"
     """What the backward pass recomputes to save memory: nothing; every layer, a third more work;
     or every layer but the attention itself, whose output it keeps."""
+    scan_layers: bool = False
+    """Compile layers that repeat once, which takes a fraction of the time, and a second copy of
+    the parameters; generating does not."""
     attention: HybridConfig = HybridConfig()
     """Dense layers and S2 layers."""
 

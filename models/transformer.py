@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from models.cache import LayerCache, ModelCache
 from models.config import ModelConfig, Remat
+from models.scan import Segment, scan_layers, segments
 from s2_jax import Pattern
 from s2_jax.nnx import S2Attention
 
@@ -101,6 +102,8 @@ class Transformer(nnx.Module):
         shape = (config.vocab_size, config.width)
         self.embed = nnx.Param(_SMALL(rngs.params(), shape, jnp.float32))
         self.blocks = nnx.List([Block(config, pattern, rngs=rngs) for pattern in config.patterns()])
+        each = tuple(Segment(layer, 1, 1) for layer in range(config.num_layers))
+        self.segments = tuple(segments(config.patterns())) if config.scan_layers else each
         self.norm = RMSNorm(config.width, epsilon=config.norm_epsilon)
         self.head = (
             None
@@ -127,10 +130,14 @@ class Transformer(nnx.Module):
         self, x: Float[Array, "b l d"], segment_ids: Int[Array, "b l"] | None = None
     ) -> Float[Array, "b l d"]:
         """The residual stream after all layers, normed."""
-        apply = _recomputing(self.remat)
+        call = _recomputing(self.remat)
+
+        def apply(block: Block, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+            return batch_first(call(block, x, segment_ids))
+
         x = batch_first(x)
-        for block in self.blocks:
-            x = batch_first(apply(block, x, segment_ids))
+        for segment in self.segments:
+            x = scan_layers(self.blocks, segment, apply, x)
         return self.norm(x)
 
     def extend(
