@@ -114,7 +114,9 @@ class ModelConfig:
     rope_base: float = 10_000.0
     """Base of the rotary position embedding; raise it for long contexts."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What is computed in; the parameters are float32."""
+    """What is computed in."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the matrices are stored in, and so their optimiser state; norms stay float32."""
     implementation: Literal["triton", "jax_triton", "interpret", "reference"] | None = None
     """How attention runs; None takes the GPU kernels on a GPU and the reference elsewhere."""
     dense_implementation: Literal["cudnn"] | None = None
@@ -150,6 +152,9 @@ class ModelConfig:
         if not 1 < self.rope_base < math.inf:
             raise ValueError(f"rope_base={self.rope_base!r} must be greater than 1, and finite")
         _check_choice(self, "dtype", "float32", "bfloat16")
+        _check_choice(self, "param_dtype", "float32", "bfloat16")
+        if self.param_dtype == "bfloat16" and self.dtype == "float32":
+            raise ValueError("param_dtype='bfloat16' needs dtype='bfloat16'")
         if self.dense_implementation is not None:
             _check_choice(self, "dense_implementation", "cudnn")
             if self.dtype == "float32":

@@ -91,7 +91,10 @@ class Generator:
     ) -> None:
         self.config = config
         self.settings = settings or GeneratorConfig()
-        self._graphdef, self._params = nnx.split(model, nnx.Param)
+        self._graphdef, params = nnx.split(model, nnx.Param)
+        # Layers would cast their matrices in every step, and read twice as much.
+        dtype = jnp.dtype(config.dtype)
+        self._params = jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, params)
         self._shapes = jax.eval_shape(lambda: self._make_cache(1))
         self.pages = self.settings.pages or self.settings.rows * self._shapes.slots
 

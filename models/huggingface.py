@@ -31,6 +31,7 @@ def load_pretrained(
     *,
     attention: HybridConfig | None = None,
     dtype: Literal["float32", "bfloat16"] = "bfloat16",
+    param_dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> tuple[ModelConfig, Transformer]:
     """The model in a folder with `config.json` and safetensors files.
 
@@ -38,8 +39,9 @@ def load_pretrained(
       folder: as `save_pretrained` of transformers (4 or 5) or a download leaves it.
       attention: what the layers see instead of what they were trained with: causal attention,
         and Mistral's sliding window.
-      dtype: what is computed in. The parameters are float32, whatever the files hold (bfloat16,
-        float16 or float32).
+      dtype: what is computed in.
+      param_dtype: what the matrices are stored in, whatever the files hold (bfloat16, float16 or
+        float32): float32 to train, bfloat16 to generate.
 
     Raises:
       ValueError: what is missing or broken in the folder; a setting that this model does not
@@ -47,13 +49,14 @@ def load_pretrained(
         that are missing, unknown, or of another shape or dtype. All are named.
     """
     folder = Path(folder)
-    config = _model_config(folder / "config.json", attention, dtype)
+    config = _model_config(folder / "config.json", attention, dtype, param_dtype)
     weights, stored = dict(_weights(config)), stored_tensors(folder)
     stored = {name: x for name, x in stored.items() if not name.endswith(".rotary_emb.inv_freq")}
     tied_head = stored.pop(_HEAD, None) if config.tie_embeddings else None
     _check_tensors(folder, weights, stored)
     arrays: dict[Any, jax.Array] = {
-        weights[name].path: weights[name].ours(values) for name, values in read_tensors(stored)
+        weights[name].path: weights[name].ours(values, param_dtype)
+        for name, values in read_tensors(stored)
     }
     if tied_head is not None:
         _check_tied(tied_head, arrays[weights[_EMBEDDING].path])
@@ -62,7 +65,9 @@ def load_pretrained(
     return config, nnx.merge(graphdef, nnx.from_flat_state(flat))
 
 
-def _model_config(path: Path, attention: HybridConfig | None, dtype: Any) -> ModelConfig:
+def _model_config(
+    path: Path, attention: HybridConfig | None, dtype: Any, param_dtype: Any
+) -> ModelConfig:
     settings = read_json(path)
     _check_supported(path, settings)
     settings = _DEFAULTS[settings["model_type"]] | settings
@@ -98,6 +103,7 @@ def _model_config(path: Path, attention: HybridConfig | None, dtype: Any) -> Mod
             "rope_theta", rope.get("rope_theta", settings.get("rope_theta", 10_000.0))
         ),
         dtype=dtype,
+        param_dtype=param_dtype,
         attention=own if attention is None else attention,
     )
 
@@ -138,8 +144,11 @@ class _Weight:
     def stored_shape(self) -> tuple[int, ...]:
         return (math.prod(self.outputs), math.prod(self.inputs)) if self.outputs else self.inputs
 
-    def ours(self, array: np.ndarray) -> jax.Array:
-        return jnp.asarray(array.T.reshape(*self.inputs, *self.outputs) if self.outputs else array)
+    def ours(self, array: np.ndarray, dtype: str) -> jax.Array:
+        """Matrices in `dtype`, norms in float32."""
+        if self.outputs:
+            array = array.T.reshape(*self.inputs, *self.outputs)
+        return jnp.asarray(array, dtype if array.ndim > 1 else jnp.float32)
 
 
 def _weights(config: ModelConfig) -> Iterator[tuple[str, _Weight]]:
@@ -203,5 +212,5 @@ def _check_tensors(
 def _check_tied(stored: StoredTensor, embedding: jax.Array) -> None:
     """Some files hold a tied head all the same; it must be the embedding."""
     ((_, head),) = read_tensors({_HEAD: stored})
-    if not np.array_equal(head, np.asarray(embedding)):
+    if not np.array_equal(np.asarray(jnp.asarray(head, embedding.dtype)), np.asarray(embedding)):
         raise ValueError(f"{stored.file}: {_HEAD} differs from {_EMBEDDING}, but they are tied")

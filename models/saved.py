@@ -63,7 +63,7 @@ def load_model(folder: Path) -> SavedModel:
     if isinstance(settings.get("model"), dict):
         config, model = _from_run(folder, settings["model"])
     elif "model_type" in settings:
-        config, model = load_pretrained(folder)
+        config, model = load_pretrained(folder, param_dtype="bfloat16")
     else:
         raise ValueError(f"{folder / 'config.json'} is neither of a run nor of a model")
     return SavedModel(config, model, _load_text(folder, config, settings))

@@ -62,6 +62,7 @@ class Block(nnx.Module):
             head_dim=config.head_dim,
             rope_base=config.rope_base,
             dtype=jnp.dtype(config.dtype),
+            param_dtype=jnp.dtype(config.param_dtype),
             implementation=config.implementation_of(pattern),
             rngs=rngs,
         )
@@ -100,7 +101,7 @@ class Transformer(nnx.Module):
         self.dtype = jnp.dtype(config.dtype)
         self.remat = config.remat
         shape = (config.vocab_size, config.width)
-        self.embed = nnx.Param(_SMALL(rngs.params(), shape, jnp.float32))
+        self.embed = nnx.Param(_SMALL(rngs.params(), shape, jnp.dtype(config.param_dtype)))
         self.blocks = nnx.List([Block(config, pattern, rngs=rngs) for pattern in config.patterns()])
         each = tuple(Segment(layer, 1, 1) for layer in range(config.num_layers))
         self.segments = tuple(segments(config.patterns())) if config.scan_layers else each
@@ -207,6 +208,7 @@ def _linear(
         outputs,
         use_bias=False,
         dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.dtype(config.param_dtype),
         kernel_init=kernel_init,
         rngs=rngs,
     )

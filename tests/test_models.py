@@ -243,6 +243,8 @@ def test_presets_have_the_size_of_their_name_without_the_vocabulary(name, parame
         ({"norm_epsilon": float("nan")}, "norm_epsilon=nan"),
         ({"dtype": "float64"}, "dtype='float64' must be one of float32, bfloat16"),
         ({"remat": True}, "remat=True must be one of none, full, attention"),
+        ({"param_dtype": "float16"}, "param_dtype='float16' must be one of float32, bfloat16"),
+        ({"param_dtype": "bfloat16"}, "param_dtype='bfloat16' needs dtype='bfloat16'"),
         ({"dense_implementation": "flash"}, "dense_implementation='flash' must be one of cudnn"),
         ({"dense_implementation": "cudnn"}, "dense_implementation='cudnn' needs dtype='bfloat16'"),
         ({"remat": "layers"}, "remat='layers' must be one of none, full, attention"),

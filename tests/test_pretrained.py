@@ -59,6 +59,22 @@ def test_logits_are_those_of_transformers(name):
     check_logits(DATA / name)
 
 
+def test_matrices_can_be_stored_in_bfloat16():
+    """As they are computed with: the same logits from half the memory."""
+    both = [load_pretrained(DATA / "llama", param_dtype=x) for x in ("float32", "bfloat16")]
+    (_, wide), (config, narrow) = both
+    assert config.param_dtype == "bfloat16"
+    kinds = {(x.ndim > 1, str(x.dtype)) for x in jax.tree.leaves(nnx.state(narrow, nnx.Param))}
+    assert kinds == {(True, "bfloat16"), (False, "float32")}
+    made = {
+        (x.ndim > 1, str(x.dtype))
+        for x in jax.tree.leaves(nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0))))
+    }
+    assert made == kinds
+    tokens = np.arange(20)[None]
+    np.testing.assert_array_equal(logits_of(wide, tokens), logits_of(narrow, tokens))
+
+
 if all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
     # The committed logits are compared anywhere; these are made anew.
     def test_logits_are_those_of_the_transformers_that_is_installed(tmp_path):

@@ -11,7 +11,9 @@ README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=["call", "linen", "nnx", "packed", "pretrained"])
+@pytest.mark.parametrize(
+    "example", EXAMPLES, ids=["call", "linen", "nnx", "pretrained", "packed", "inference"]
+)
 def test_example_runs(example, monkeypatch):
     monkeypatch.chdir(ROOT)
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
