@@ -1,6 +1,7 @@
 """The model: what a layer sees, causality, precision, and settings that are refused."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -152,16 +153,18 @@ def test_equal_configurations_make_equal_graphs_so_that_one_trace_serves():
     assert hash(first) == hash(second)
 
 
+@functools.cache
+def gradient(config):
+    graphdef, params = nnx.split(make(config), nnx.Param)
+
+    def loss(params):
+        return (nnx.merge(graphdef, params)(tokens(19)) ** 2).sum()
+
+    return jax.jit(jax.grad(loss))(params)
+
+
 @pytest.mark.parametrize("remat", ["full", "attention"])
 def test_recomputing_layers_changes_no_gradient(remat):
-    def gradient(config):
-        graphdef, params = nnx.split(make(config), nnx.Param)
-
-        def loss(params):
-            return (nnx.merge(graphdef, params)(tokens(19)) ** 2).sum()
-
-        return jax.jit(jax.grad(loss))(params)
-
     plain = jax.tree.leaves(gradient(TINY))
     again = jax.tree.leaves(gradient(dataclasses.replace(TINY, remat=remat)))
     for a, b in zip(plain, again, strict=True):

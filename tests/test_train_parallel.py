@@ -75,7 +75,7 @@ def test_sharing_out_changes_rounding_alone(alone, changes):
 
 def test_logits_of_long_rows_are_made_in_parts(monkeypatch):
     graphdef, _ = abstract_state(MODEL, optax.sgd(0.1))
-    params = make_state(MODEL, optax.sgd(0.1))(jax.random.key(0)).params
+    params = jax.jit(make_state(MODEL, optax.sgd(0.1)))(jax.random.key(0)).params
     rng = np.random.default_rng(0)
     batch = {"tokens": rng.integers(0, 256, (2, 61)).astype(np.int32)}
     batch["segment_ids"] = np.sort(rng.integers(0, 4, (2, 61))).astype(np.int32)

@@ -54,7 +54,7 @@ def run_two(config, *arguments):
     )  # fmt: skip
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "XLA_FLAGS": os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=2",
         "JAX_NUMPY_DTYPE_PROMOTION": "standard",
     }
     both = [

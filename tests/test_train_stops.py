@@ -30,6 +30,11 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 def standard_dtypes():
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_coroutines_left():
+    yield
     gc.collect()  # now, and not in another module's test
 
 
