@@ -94,7 +94,7 @@ def _mappable(call: KernelCall) -> Any:
 
 def _run(call: KernelCall, arrays: Arrays, lists: Arrays) -> tuple[jax.Array, ...]:
     lead = arrays["query"].ndim - 4
-    if not _may_be_split():
+    if not may_be_split():
         return _local(call, lead, arrays, lists)
     sums_parts = call.sums_heads and arrays["key"].shape[-2] == 1
     split = _splittable(call, lead, tuple(arrays), tuple(lists), sums_parts)
@@ -125,7 +125,7 @@ def _zeros(name: str, arrays: Arrays) -> jax.Array:
     return jnp.zeros_like(arrays[name])
 
 
-def _may_be_split() -> bool:
+def may_be_split() -> bool:
     """Whether XLA may split this call: not on one device, nor inside `shard_map` over all axes."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.empty or (mesh.size > 1 and jax.sharding.AxisType.Auto in mesh.axis_types)

@@ -7,7 +7,13 @@ import jax
 import numpy as np
 import pytest
 
+from models import GeneratorConfig
+from models.generate import Options
+from models.generate import run as write_on
+from models.presets import PRESETS
+from models.saved import load_model
 from tests.test_train_loop import MODEL, assert_same, last_checkpoint, run, settings
+from train.__main__ import parse
 from train.prepare import PrepareConfig, prepare
 
 
@@ -56,3 +62,27 @@ def test_it_resumes_in_mid_epoch_as_if_it_had_not_stopped(shards, tmp_path):
 def test_another_vocabulary_is_refused(shards, tmp_path):
     with pytest.raises(ValueError, match="vocab_size=256 of the model must be the vocab_size=300"):
         run(settings(shards, tmp_path / "run", seq_len=24))
+
+
+def test_the_command_line_takes_the_vocabulary_of_the_data(shards):
+    assert parse(["--data", str(shards), "--preset", "125m"]).model == dataclasses.replace(
+        PRESETS["125m"], vocab_size=300
+    )
+    given = parse(["--model.vocab-size", "301", f"--data={shards}"])
+    assert given.model.vocab_size == 301
+
+
+def test_a_run_can_generate_without_its_data(shards, tmp_path, capsys):
+    config = config_of(shards, tmp_path / "run", steps=2)
+    run(config)
+    options = Options(
+        checkpoint=config.out,
+        prompt=("the context",),
+        max_tokens=8,
+        generator=GeneratorConfig(max_length=64),
+    )
+    write_on(options)
+    assert capsys.readouterr().out.startswith("the context")
+    text = load_model(config.out).text
+    assert text.decode(text.encode("share the heads")) == "share the heads"
+    assert len(text.stop) == 1

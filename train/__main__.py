@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from pathlib import Path
 
 import tyro
 from rich.console import Console
@@ -13,11 +14,12 @@ from models.presets import PRESETS
 from train.config import TrainConfig
 from train.loop import prepare, train
 from train.processes import join, wait_for_all
+from train.shards import is_prepared, read_manifest
 from train.stop import Stopped
 
 
 def parse(arguments: list[str]) -> TrainConfig:
-    """`--preset` picks the model that the other options change.
+    """`--preset` picks the model that the other options change; `--data` its vocabulary.
 
     Raises:
         SystemExit: help was asked for, or an option is unknown or malformed.
@@ -26,15 +28,22 @@ def parse(arguments: list[str]) -> TrainConfig:
     preset = argparse.ArgumentParser(prog="python -m train", add_help=False, allow_abbrev=False)
     preset.add_argument("--preset", choices=sorted(PRESETS), default="demo")
     chosen, others = preset.parse_known_args(arguments)
+    data = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    data.add_argument("--data", type=Path, nargs="?")
+    folder, model = data.parse_known_args(arguments)[0].data, PRESETS[chosen.preset]
+    defaults = TrainConfig(model=model)
+    if is_prepared(folder):
+        model = dataclasses.replace(model, vocab_size=read_manifest(folder)["vocab_size"])
+        defaults = TrainConfig(data=folder, model=model)
     return tyro.cli(
         TrainConfig,
         prog="python -m train",
         description=(
             f"{TrainConfig.__doc__} --preset {{{','.join(PRESETS)}}} picks the model that the "
-            "--model options change (demo by default)."
+            "--model options change (demo by default), with the vocabulary of prepared data."
         ),
         args=others,
-        default=dataclasses.replace(TrainConfig(), model=PRESETS[chosen.preset]),
+        default=defaults,
     )
 
 

@@ -91,7 +91,7 @@ def open_shards(folder: Path) -> Shards:
     Raises:
         ValueError: a file is missing, cut short or changed, or of another version of the format.
     """
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     if manifest["tokenizer"] is None:
         tokenizer: Tokenizer = ByteTokenizer()
     else:
@@ -115,7 +115,8 @@ def fingerprint(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Raises ValueError where the folder holds none that this code wrote."""
     path = folder / MANIFEST
     if not path.is_file():
         raise ValueError(
