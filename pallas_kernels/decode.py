@@ -202,7 +202,8 @@ def decode(
 
 def _tile(rows: int, itemsize: int, dims: int) -> Tile:
     """Keys and values of a turn take 32 KB, so that two or three turns are under way."""
-    keys = max(16, min(64, (1 << 15) // (itemsize * dims)))
+    fit = (1 << 15) // (itemsize * dims)
+    keys = max(16, min(64, 1 << (fit.bit_length() - 1)))  # dims need not be a power of two
     hopper = (compute_capability() or 90) >= 90
     # In float32 the third turn would lie in registers, and spill.
     return Tile(rows, keys, num_warps=4, num_stages=3 if hopper and itemsize == 2 else 2)

@@ -1,4 +1,4 @@
-"""Attention over parts of the keys, put together by the log-sum-exps of the parts."""
+"""How much each part of the keys has in the whole, by the log-sum-exps of the parts."""
 
 from __future__ import annotations
 
@@ -7,47 +7,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
-def combine_partials(
-    outs: Float[Array, "parts batch q_len heads value_dim"],
-    lses: Float[Array, "parts batch heads q_len"],
-) -> tuple[Float[Array, "batch q_len heads value_dim"], Float[Array, "batch heads q_len"]]:
-    """Attention over all keys, from attention over disjoint parts of them.
-
-    As when each device of a mesh holds a part of the keys: every device attends to its own
-    (`s2_attention(..., return_lse=True)`), and the results are gathered and combined.
-
-    Args:
-      outs: outputs of the parts, any float dtype, which the result keeps.
-      lses: their natural-log log-sum-exps, float32; -inf where a query saw nothing.
-
-    Returns:
-      Output and LSE over all parts. A query that saw nothing in any part gives zeros and -inf.
-      Differentiable in both arguments.
-
-    Raises:
-      ValueError: shapes that do not fit each other.
-    """
-    if outs.ndim != 5 or lses.ndim != 4 or outs.shape[:4] != _swapped(lses.shape):
-        raise ValueError(
-            "outs must be [parts, batch, q_len, heads, value_dim] and lses "
-            f"[parts, batch, heads, q_len], got shapes {outs.shape} and {lses.shape}"
-        )
-    weights, lse = part_weights(lses)
-    weights = jnp.swapaxes(weights, 2, 3)[..., None]
-    return jnp.sum(weights * outs, axis=0, dtype=weights.dtype).astype(outs.dtype), lse
-
-
 def part_weights(lses: Float[Array, "parts *rest"]) -> tuple[Array, Array]:
     """The share of each part in a query's whole, and the LSE of the whole."""
     peak = jnp.max(lses, axis=0, initial=-jnp.inf)
     finite = jax.lax.stop_gradient(jnp.where(jnp.isneginf(peak), 0.0, peak))
-    weights = jnp.exp(lses - finite)
+    weights = jnp.exp(lses - finite[None])
     total = jnp.sum(weights, axis=0)
-    seen = total > 0
+    seen = total != 0  # a NaN was seen too
     total = jnp.where(seen, total, 1.0)
-    return weights / total, jnp.where(seen, finite + jnp.log(total), -jnp.inf)
-
-
-def _swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
-    parts, batch, heads, q_len = shape
-    return parts, batch, q_len, heads
+    return weights / total[None], jnp.where(seen, finite + jnp.log(total), -jnp.inf)

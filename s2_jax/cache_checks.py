@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from s2_jax.checks import check_float_dtype
 from s2_jax.patterns import Pattern
 from s2_jax.structure import at_least_one
+
+
+class CacheSizes(NamedTuple):
+    """Python's integers; NumPy's would promote what they meet. blocks: of a whole row."""
+
+    batch: int
+    max_length: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    blocks: int
 
 
 def check_cache(
@@ -21,8 +34,8 @@ def check_cache(
     head_dim: Any,
     value_dim: Any,
     dtype: Any,
-) -> tuple[int, int, int]:
-    """Key/value heads, value dim and blocks of a row."""
+) -> CacheSizes:
+    """The numbers of a cache; raises ValueError or TypeError where they do not fit."""
     if not isinstance(pattern, Pattern):
         raise TypeError(
             f"pattern must be a pattern such as s2_jax.local_stride(16, 8), "
@@ -30,23 +43,26 @@ def check_cache(
         )
     num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
     value_dim = head_dim if value_dim is None else value_dim
-    for name, number in (
-        ("batch", batch),
-        ("max_length", max_length),
-        ("num_heads", num_heads),
-        ("num_kv_heads", num_kv_heads),
-        ("head_dim", head_dim),
-        ("value_dim", value_dim),
-    ):
-        at_least_one(name, number)
+    given = {
+        "batch": batch,
+        "max_length": max_length,
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "value_dim": value_dim,
+    }
+    numbers = {name: at_least_one(name, number) for name, number in given.items()}
+    num_heads, num_kv_heads = numbers["num_heads"], numbers["num_kv_heads"]
     if num_heads % num_kv_heads:
         raise ValueError(f"{num_heads=} must be a multiple of {num_kv_heads=}")
     if not pattern.causal:
         raise ValueError("a cache needs a causal pattern, got one with causal=False")
     check_float_dtype("dtype", dtype)
-    blocks = math.ceil(max_length / pattern.block_size)
+    if jnp.dtype(dtype) == jnp.float64 and not jax.config.read("jax_enable_x64"):
+        raise TypeError("dtype is float64, which JAX would cast to float32: enable jax_enable_x64")
+    blocks = math.ceil(numbers["max_length"] / pattern.block_size)
     pattern.check(num_heads, num_kv_heads, blocks, blocks)
-    return num_kv_heads, value_dim, blocks
+    return CacheSizes(**numbers, blocks=blocks)
 
 
 def check_new(cache: Any, query: jax.Array, key: jax.Array, value: jax.Array, shards: int) -> None:

@@ -51,8 +51,8 @@ class Queries:
         rule, _ = self.pattern.token_window()
         bits = self._by_program(self._sees(rule, block), False)
         read = self._by_program(self._sees(self.pattern, block), False).any(axis=2)
-        row = jnp.arange(bits.shape[2], dtype=jnp.int32)[:, None]
-        bits = jnp.sum(bits.astype(jnp.int32) << row, axis=2)
+        row = jnp.arange(bits.shape[2], dtype=jnp.int32)[None, None, :, None]
+        bits = jnp.sum(bits.astype(jnp.int32) << row, axis=2, dtype=jnp.int32)
         programs = read.shape[1] // block.shape[1]
         place, block, count = (jnp.repeat(x, programs, axis=1) for x in (place, block, count))
         return DecodeLists(jnp.where(read, place, -1), block, bits, count)
@@ -93,7 +93,8 @@ class Queries:
         batch, kv_heads, entries = block.shape
         held = block[:, :, None, None]
         position = self.positions[:, None, :, None, None]
-        heads = self.kv_heads[:, None] * self.group + jnp.arange(self.group, dtype=jnp.int32)
+        member = jnp.arange(self.group, dtype=jnp.int32)[None]
+        heads = self.kv_heads[:, None] * self.group + member
         index = heads[None, :, None, :, None]
         seen: Any = position // size >= held
         if rule is not None:

@@ -11,11 +11,12 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode import DecodeSettings, decode
+from pallas_kernels.explicit import is_split
 from pallas_kernels.lowering import vary_alike
 from s2_jax.attention import LAUNCHERS, choose, s2_attention
 from s2_jax.cache_checks import check_new
 from s2_jax.cache_lists import Queries
-from s2_jax.checks import Call, check_call, check_implementation
+from s2_jax.checks import Call, check_call, check_implementation, check_lengths
 from s2_jax.contiguous_cache import ContiguousCache
 from s2_jax.decode_reference import reference_decode
 from s2_jax.evicting_cache import EvictingCache
@@ -75,15 +76,23 @@ def cached_attention(
         raise ValueError(f"query must be [batch, new, heads, head_dim], got shape {query.shape}")
     call, _ = check_call(
         query, key, value, cache.pattern, scale=scale, query_offset=0, segment_ids=None,
-        kv_segment_ids=None, query_seq_lengths=lengths, key_value_seq_lengths=None,
+        kv_segment_ids=None, query_seq_lengths=None, key_value_seq_lengths=None,
         logits_soft_cap=logits_soft_cap, head_axis=head_axis,
     )  # fmt: skip
     shards = call.num_heads // call.query.shape[2]
     check_new(cache, call.query, call.key, call.value, shards)
+    if is_split((call.query, call.key, call.value, cache)):
+        raise NotImplementedError(
+            "cached_attention does not follow arrays over Explicit mesh axes: use Auto axes, or "
+            "shard_map with head_axis"
+        )
     new = call.query.shape[1]
+    lengths = check_lengths("lengths", lengths, cache.length.shape[0], new, unbatched=False)
     before = cache.emptied() if boolean("first", first) else cache
     if first and new > cache.max_length:
         raise ValueError(f"{new} new tokens are more than max_length={cache.max_length}")
+    if choose(call, implementation) == "reference":
+        implementation = "reference"
     if lengths is None:
         lengths = jnp.full(cache.length.shape, new, jnp.int32)
     kv_heads = jnp.arange(call.key.shape[2], dtype=jnp.int32)
@@ -94,27 +103,25 @@ def cached_attention(
         s2_attention, pattern=cache.pattern, scale=call.scale, logits_soft_cap=logits_soft_cap,
         head_axis=head_axis, implementation=implementation, query_seq_lengths=lengths,
     )  # fmt: skip
-    step = jnp.arange(new, dtype=jnp.int32)
+    step = jnp.arange(new, dtype=jnp.int32)[None]
     position = start[:, None] + step
     counts = step < lengths[:, None]
     later = None if implementation == "cudnn" else implementation  # it takes whole prompts alone
-    if first:
+    if first or not new:
         out = attend(call.query, call.key, call.value, key_value_seq_lengths=lengths)
     elif new <= _DECODE_AT_MOST:
-        queries = Queries(
-            cache.pattern, jnp.where(counts, position, -1), kv_heads, cache.num_heads,
-            cache.num_kv_heads,
-        )  # fmt: skip
+        # What lies past max_length was never written, so that nothing may look there.
+        asks = jnp.where(counts & (position < cache.max_length), position, -1)
+        queries = Queries(cache.pattern, asks, kv_heads, cache.num_heads, cache.num_kv_heads)
         out = _decode(call, grown, queries, later)
     else:
         keys, values = before.whole(call.key, call.value, lengths, kv_heads)
-        held = jnp.minimum(start + lengths, keys.shape[1])
         out = attend(
             call.query,
             keys,
             values,
             query_offset=start,
-            key_value_seq_lengths=held,
+            key_value_seq_lengths=jnp.minimum(start + lengths, cache.max_length),
             implementation=later,
         )
     beyond = counts & (position >= cache.max_length)
@@ -134,10 +141,9 @@ def _decode(
     )
     # Kernels want a positive scale, under which the largest raw score stays the largest.
     query = call.query if call.scale > 0 else call.query * (-1 if call.scale else 0)
-    chosen = choose(call, implementation)
     kernel = functools.partial(decode, settings)
     reference = functools.partial(reference_decode, settings)
-    if chosen == "reference":
+    if implementation == "reference":
         kernel = reference
     rows, position = queries.pack(query)
     arrays, tree = jax.tree.flatten((rows, cache.key, cache.value, position, cache.lists(queries)))

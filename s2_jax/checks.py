@@ -82,7 +82,7 @@ def check_call(
 
     rows = check_segments(segment_ids, kv_segment_ids, batch, q_len, kv_len, unbatched)
     lengths = {
-        name: _check_lengths(name, array, batch, limit, unbatched)
+        name: check_lengths(name, array, batch, limit, unbatched)
         for name, array, limit in (
             ("query_seq_lengths", query_seq_lengths, q_len),
             ("key_value_seq_lengths", key_value_seq_lengths, kv_len),
@@ -278,7 +278,7 @@ def _check_ids(name: str, ids: Any, batch: int, length: int, unbatched: bool) ->
     return ids[None] if unbatched else ids
 
 
-def _check_lengths(name: str, lengths: Any, batch: int, limit: int, unbatched: bool) -> Any:
+def check_lengths(name: str, lengths: Any, batch: int, limit: int, unbatched: bool) -> Any:
     if lengths is None:
         return None
     if isinstance(lengths, np.generic):

@@ -71,18 +71,18 @@ class ContiguousCache:
         Raises:
           ValueError, TypeError: a pattern or numbers that do not fit, named.
         """
-        num_kv_heads, value_dim, blocks = check_cache(
+        sizes = check_cache(
             pattern, batch, max_length, num_heads, num_kv_heads, head_dim, value_dim, dtype
         )
-        rows = blocks * pattern.block_size
+        shape = (sizes.batch, sizes.blocks * pattern.block_size, sizes.num_kv_heads)
         return cls(
-            key=jnp.zeros((batch, rows, num_kv_heads, head_dim), dtype),
-            value=jnp.zeros((batch, rows, num_kv_heads, value_dim), dtype),
-            length=jnp.zeros((batch,), jnp.int32),
+            key=jnp.zeros((*shape, sizes.head_dim), dtype),
+            value=jnp.zeros((*shape, sizes.value_dim), dtype),
+            length=jnp.zeros((sizes.batch,), jnp.int32),
             pattern=pattern,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            max_length=max_length,
+            num_heads=sizes.num_heads,
+            num_kv_heads=sizes.num_kv_heads,
+            max_length=sizes.max_length,
         )
 
     @property
@@ -104,7 +104,7 @@ class ContiguousCache:
         kv_heads: Int[Array, " kv_heads"],
     ) -> Self:
         """With the first `lengths` of the new tokens; what has no room is left out."""
-        step = jnp.arange(key.shape[1], dtype=jnp.int32)
+        step = jnp.arange(key.shape[1], dtype=jnp.int32)[None]
         position = self.length[:, None] + step
         fits = (step < lengths[:, None]) & (position < self.max_length)
         row = jnp.where(fits, position, self.key.shape[1])
@@ -122,10 +122,10 @@ class ContiguousCache:
         blocks = rows // self.pattern.block_size
         block = jnp.broadcast_to(jnp.arange(blocks, dtype=jnp.int32), (batch, kv_heads, blocks))
         seen = queries.sees_any(block)
-        before = jnp.cumsum(seen, axis=2, dtype=jnp.int32) - seen
+        before = jnp.cumsum(seen, axis=2, dtype=jnp.int32) - seen.astype(jnp.int32)
         target = jnp.where(seen, before, blocks)
         entry = jnp.arange(batch, dtype=jnp.int32)[:, None, None]
-        head = jnp.arange(kv_heads, dtype=jnp.int32)[:, None]
+        head = jnp.arange(kv_heads, dtype=jnp.int32)[None, :, None]
         found = jnp.full_like(block, -1).at[entry, head, target].set(block, mode="drop")
         return queries.lists(found, found, jnp.sum(seen, axis=2, dtype=jnp.int32))
 

@@ -21,18 +21,18 @@ def reference_decode(
     """Arguments and results as of `pallas_kernels.decode.decode`; any float dtype."""
     size, (batch, programs, entries) = settings.block_size, lists.place.shape
     keys, values = (_blocks(settings, x, lists.place, programs) for x in (key, value))
-    step = jnp.arange(size, dtype=jnp.int32)
+    step = jnp.arange(size, dtype=jnp.int32)[None, None, None]
     at = (lists.block[..., None] * size + step)[:, :, None]
-    used = jnp.arange(entries, dtype=jnp.int32) < lists.used[..., None]
+    used = jnp.arange(entries, dtype=jnp.int32)[None, None] < lists.used[..., None]
     read = ((lists.place >= 0) & used)[:, :, None, :, None]
     asks = position[..., None, None]
-    row = jnp.arange(query.shape[2], dtype=jnp.int32)[:, None]
+    row = jnp.arange(query.shape[2], dtype=jnp.int32)[None, None, :, None]
     seen = (((lists.bits[:, :, None] >> row) & 1) != 0)[..., None]
     if settings.window is not None:
         near = asks - at < settings.window.size
         seen = seen | near if settings.window.adds else seen & near
     mask = seen & read & (at <= asks)
-    dtype = jnp.promote_types(query.dtype, jnp.float32)
+    dtype = jnp.float64 if query.dtype == jnp.float64 else jnp.float32
     product = functools.partial(
         jnp.einsum, preferred_element_type=dtype, precision=jax.lax.Precision.HIGHEST
     )

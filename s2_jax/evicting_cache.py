@@ -8,11 +8,13 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode import DecodeLists
 from s2_jax.cache_checks import check_cache
 from s2_jax.cache_lists import Queries
+from s2_jax.checks import is_array
 from s2_jax.page_plan import PagePlan, plan_pages
 from s2_jax.patterns import Pattern
 from s2_jax.structure import at_least_one
@@ -95,28 +97,28 @@ class EvictingCache:
           ValueError: a pattern that is not KV-efficient (the message says where it drops a block
             and wants it back), or numbers that do not fit, named. TypeError: wrong kinds.
         """
-        num_kv_heads, value_dim, blocks = check_cache(
+        sizes = check_cache(
             pattern, batch, max_length, num_heads, num_kv_heads, head_dim, value_dim, dtype
         )
-        slots = plan_pages(pattern, num_heads, num_kv_heads, blocks).slots
-        page = jnp.arange(batch * slots, dtype=jnp.int32).reshape(batch, slots)
+        slots = plan_pages(pattern, sizes.num_heads, sizes.num_kv_heads, sizes.blocks).slots
+        pages = sizes.batch * slots
+        page = np.arange(pages, dtype=np.int32).reshape(sizes.batch, slots)
         if num_pages is not None:
-            at_least_one("num_pages", num_pages)
-            page = jnp.full_like(page, -1)
-        pages = batch * slots if num_pages is None else num_pages
-        shape = (num_kv_heads, pages, pattern.block_size)
+            pages = at_least_one("num_pages", num_pages)
+            page = np.full_like(page, -1)
+        shape = (sizes.num_kv_heads, pages, pattern.block_size)
         return cls(
-            key=jnp.zeros((*shape, head_dim), dtype),
-            value=jnp.zeros((*shape, value_dim), dtype),
+            key=jnp.zeros((*shape, sizes.head_dim), dtype),
+            value=jnp.zeros((*shape, sizes.value_dim), dtype),
             table=PageTable(
-                page,
-                jnp.full((batch, num_kv_heads, slots), -1, jnp.int32),
-                jnp.zeros((batch,), jnp.int32),
+                jnp.asarray(page),
+                jnp.full((sizes.batch, sizes.num_kv_heads, slots), -1, jnp.int32),
+                jnp.zeros((sizes.batch,), jnp.int32),
             ),
             pattern=pattern,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            max_length=max_length,
+            num_heads=sizes.num_heads,
+            num_kv_heads=sizes.num_kv_heads,
+            max_length=sizes.max_length,
         )
 
     @staticmethod
@@ -144,6 +146,12 @@ class EvictingCache:
 
     def with_pages(self, index: Any, pages: Int[Array, " slots"]) -> Self:
         """With an empty sequence `index`, possibly traced, that has these pages, padded by -1."""
+        slots = self.table.page.shape[1]
+        if not is_array(pages) or pages.dtype != jnp.int32:
+            found = pages.dtype if is_array(pages) else type(pages).__name__
+            raise TypeError(f"pages must be an int32 array, got {found}")
+        if pages.shape != (slots,):
+            raise ValueError(f"pages must have shape ({slots},), got {pages.shape}")
         table = PageTable(
             self.table.page.at[index].set(pages),
             self.table.block.at[index].set(-1),
@@ -169,13 +177,13 @@ class EvictingCache:
         New blocks take the slots that the plan gives them, and so evict what was there.
         """
         table = self._advanced(key.shape[1], lengths, kv_heads)
-        step = jnp.arange(key.shape[1], dtype=jnp.int32)
+        step = jnp.arange(key.shape[1], dtype=jnp.int32)[None]
         position = self.length[:, None] + step
         size = self.pattern.block_size
         page = self._page_of(table, position // size, kv_heads)
         fits = (step < lengths[:, None]) & (position < self.max_length)
         page = jnp.where(fits[:, None] & (page >= 0), page, self.key.shape[1])
-        head = jnp.arange(kv_heads.size, dtype=jnp.int32)[:, None]
+        head = jnp.arange(kv_heads.size, dtype=jnp.int32)[None, :, None]
         where = (head, page, (position % size)[:, None])
         return dataclasses.replace(
             self,
@@ -199,9 +207,12 @@ class EvictingCache:
         size, blocks = self.pattern.block_size, self._plan.blocks
         batch = self.length.shape[0]
         each = jnp.broadcast_to(jnp.arange(blocks, dtype=jnp.int32), (batch, blocks))
-        page = self._page_of(self.table, each, kv_heads)
-        head = jnp.arange(kv_heads.size, dtype=jnp.int32)[:, None]
-        step = jnp.arange(key.shape[1], dtype=jnp.int32)
+        # A block stays in the table until another takes its slot, seen or not.
+        last = jnp.asarray(self._plan.last_of_block)[jnp.asarray(self._plan.plan_of_head)[kv_heads]]
+        seen = last[None] >= (self.length // size)[:, None, None]
+        page = jnp.where(seen, self._page_of(self.table, each, kv_heads), -1)
+        head = jnp.arange(kv_heads.size, dtype=jnp.int32)[None, :, None]
+        step = jnp.arange(key.shape[1], dtype=jnp.int32)[None]
         position = self.length[:, None] + step
         fits = (step < lengths[:, None]) & (position < self.max_length)
         row = jnp.where(fits, position, blocks * size)
@@ -241,7 +252,7 @@ class EvictingCache:
         """Pages that hold blocks `[batch, n]`, `[batch, kv_heads, n]`; -1 where none does."""
         slot = self._slots(block, kv_heads)
         entry = jnp.arange(slot.shape[0], dtype=jnp.int32)[:, None, None]
-        head = jnp.arange(slot.shape[1], dtype=jnp.int32)[:, None]
+        head = jnp.arange(slot.shape[1], dtype=jnp.int32)[None, :, None]
         held = table.block[entry, head, slot] == block[:, None]
         return jnp.where(held & (slot >= 0), table.page[entry, slot], -1)
 
@@ -249,10 +260,10 @@ class EvictingCache:
         """The table once `lengths` of up to `new` tokens have come."""
         size, table = self.pattern.block_size, self.table
         begun, end = -(-table.length // size), -(-(table.length + lengths) // size)
-        block = begun[:, None] + jnp.arange(-(-new // size), dtype=jnp.int32)
+        block = begun[:, None] + jnp.arange(-(-new // size), dtype=jnp.int32)[None]
         slot = self._slots(block, kv_heads)
         slot = jnp.where((slot >= 0) & (block < end[:, None])[:, None], slot, table.page.shape[1])
         entry = jnp.arange(slot.shape[0], dtype=jnp.int32)[:, None, None]
-        head = jnp.arange(slot.shape[1], dtype=jnp.int32)[:, None]
+        head = jnp.arange(slot.shape[1], dtype=jnp.int32)[None, :, None]
         held = table.block.at[entry, head, slot].max(block[:, None], mode="drop")
         return PageTable(table.page, held, table.length + lengths)

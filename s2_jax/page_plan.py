@@ -24,12 +24,14 @@ _CELLS_AT_ONCE = 1 << 24
 class PagePlan:
     """The slots of every key/value head.
 
-    slot_of_block: int32 `[plans, blocks]`, -1 where no query sees the block. plan_of_head: int32
-    `[num_kv_heads]`. slots_by_block: int32 `[blocks + 1]`, slots that the head with the most has
-    needed once so many blocks have begun.
+    slot_of_block: int32 `[plans, blocks]`, -1 where no query sees the block. last_of_block: the same
+    for the last query block that sees it. plan_of_head: int32 `[num_kv_heads]`. slots_by_block:
+    int32 `[blocks + 1]`, slots that the head with the most has needed once so many blocks have
+    begun.
     """
 
     slot_of_block: np.ndarray
+    last_of_block: np.ndarray
     plan_of_head: np.ndarray
     slots_by_block: np.ndarray
 
@@ -39,7 +41,8 @@ class PagePlan:
 
     @property
     def slots(self) -> int:
-        return int(self.slots_by_block[-1])
+        """At least one, so that no array is empty where no query sees anything."""
+        return max(1, int(self.slots_by_block[-1]))
 
 
 @functools.lru_cache(maxsize=64)
@@ -60,15 +63,16 @@ def plan_pages(pattern: Pattern, num_heads: int, num_kv_heads: int, blocks: int)
     for head in range(num_kv_heads):
         members.setdefault(frozenset(keys[head * group : (head + 1) * group]), []).append(head)
     plan_of_head = np.zeros(num_kv_heads, np.int32)
-    slots, needed = [], []
+    slots, lasts, needed = [], [], []
     for number, heads in enumerate(members.values()):
         plan_of_head[heads] = number
         queries = np.arange(heads[0] * group, (heads[0] + 1) * group)
         last = _last_seen(pattern, Heads(queries, num_heads, num_kv_heads), blocks)
         slot_of_block, used = _hand_out(last)
         slots.append(slot_of_block)
+        lasts.append(last.astype(np.int32))
         needed.append(used)
-    return PagePlan(np.stack(slots), plan_of_head, np.max(needed, axis=0))
+    return PagePlan(np.stack(slots), np.stack(lasts), plan_of_head, np.max(needed, axis=0))
 
 
 def _last_seen(pattern: Pattern, heads: Heads, blocks: int) -> np.ndarray:

@@ -82,3 +82,34 @@ def call_families(draw, block_size: int) -> list[AttentionCall]:
         )
         for _ in range(VARIANTS)
     ]
+
+
+@st.composite
+def decodings(draw) -> tuple[AttentionCall, list[tuple[int, ...]]]:
+    """A call, and the pieces in which its tokens come to a cache; not all to each sequence."""
+    kv_heads, block_size = draw(st.sampled_from([1, 2, 3])), draw(st.sampled_from([16, 32]))
+    length, batch = draw(st.integers(1, 7 * block_size)), draw(st.sampled_from([1, 2]))
+    call = AttentionCall(
+        draw_pattern(draw, {"block_size": block_size, "causal": True}),
+        q_len=length,
+        kv_len=length,
+        heads=kv_heads * draw(st.sampled_from([1, 2, 3])),
+        kv_heads=kv_heads,
+        head_dim=draw(st.sampled_from([16, 20])),
+        value_dim=draw(st.sampled_from([16, 24])),
+        batch=batch,
+        window=draw(st.sampled_from([None, None, 1, 23, 64])),
+        window_joins=draw(st.sampled_from("|&")),
+        soft_cap=draw(st.sampled_from([None, None, 2.0])),
+        dtype=draw(st.sampled_from(["float32", "bfloat16"])),
+        seed=draw(st.integers(0, 99)),
+    )
+    most = draw(st.sampled_from([16, 16, 48]))
+    pieces, left = [], [draw(st.integers(0, length)) for _ in range(batch - 1)] + [length]
+    while any(left):
+        piece = tuple(
+            draw(st.integers(0 if batch > 1 else 1, min(most, x))) if x else 0 for x in left
+        )
+        left = [x - came for x, came in zip(left, piece)]
+        pieces.append(piece)
+    return call, pieces
