@@ -67,13 +67,15 @@ def _splittable(settings: DecodeSettings, programs_of_head: int) -> Any:
             factors["programs"] = "k"
         return ", ".join(" ".join(factors[name] for name in one.split()) for one in axes)
 
+    rule = f"{text(operands)} -> {text(results)}"
     sizes = {"p": programs_of_head} if programs_of_head > 1 else {}
-    fixed = [x for x in "rdvens" if x != "n" or settings.paged] + list(sizes)
     split = custom_partitioning(run)
     split.def_partition(
         partition,
-        sharding_rule=f"{text(operands)} -> {text(results)}",
-        need_replication_factors=tuple(fixed),
+        sharding_rule=rule,
+        decode_shardings=False,
+        # In the order in which they occur.
+        need_replication_factors=tuple(x for x in dict.fromkeys(rule) if x in "prdnsve"),
         **sizes,
     )
     return split

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode import DecodeSettings, decode
+from pallas_kernels.decode import DecodeSettings
+from pallas_kernels.decode_partition import decode_over_mesh
 from pallas_kernels.explicit import is_split
 from pallas_kernels.lowering import vary_alike
 from s2_jax.attention import LAUNCHERS, choose, s2_attention
@@ -141,7 +142,7 @@ def _decode(
     )
     # Kernels want a positive scale, under which the largest raw score stays the largest.
     query = call.query if call.scale > 0 else call.query * (-1 if call.scale else 0)
-    kernel = functools.partial(decode, settings)
+    kernel = functools.partial(decode_over_mesh, settings)
     reference = functools.partial(reference_decode, settings)
     if implementation == "reference":
         kernel = reference

@@ -108,11 +108,10 @@ class ContiguousCache:
         position = self.length[:, None] + step
         fits = (step < lengths[:, None]) & (position < self.max_length)
         row = jnp.where(fits, position, self.key.shape[1])
-        entry = jnp.arange(key.shape[0], dtype=jnp.int32)[:, None]
         return dataclasses.replace(
             self,
-            key=self.key.at[entry, row].set(key, mode="drop"),
-            value=self.value.at[entry, row].set(value, mode="drop"),
+            key=write_rows(self.key, row, key),
+            value=write_rows(self.value, row, value),
             length=self.length + lengths,
         )
 
@@ -124,9 +123,11 @@ class ContiguousCache:
         seen = queries.sees_any(block)
         before = jnp.cumsum(seen, axis=2, dtype=jnp.int32) - seen.astype(jnp.int32)
         target = jnp.where(seen, before, blocks)
-        entry = jnp.arange(batch, dtype=jnp.int32)[:, None, None]
-        head = jnp.arange(kv_heads, dtype=jnp.int32)[None, :, None]
-        found = jnp.full_like(block, -1).at[entry, head, target].set(block, mode="drop")
+
+        def compressed(target: Array, block: Array) -> Array:
+            return jnp.full_like(block, -1).at[target].set(block, mode="drop")
+
+        found = jax.vmap(jax.vmap(compressed))(target, block)
         return queries.lists(found, found, jnp.sum(seen, axis=2, dtype=jnp.int32))
 
     def whole(
@@ -152,3 +153,15 @@ class ContiguousCache:
             value=put(self.value, one.value, index, 0),
             length=put(self.length, one.length, index, 0),
         )
+
+
+@jax.vmap
+def write_rows(
+    storage: Float[Array, "rows *rest"], row: Int[Array, " new"], new: Float[Array, "new *rest"]
+) -> Float[Array, "rows *rest"]:
+    """Rows of each sequence replaced; those past the end are left out.
+
+    Here and elsewhere by vmap, so that a mesh which splits sequences and heads need not exchange
+    anything.
+    """
+    return storage.at[row].set(new, mode="drop")

@@ -57,11 +57,13 @@ def _blocks(
     settings: DecodeSettings, storage: jax.Array, place: jax.Array, programs: int
 ) -> jax.Array:
     """The blocks that the lists name, `[batch, programs, entries, block_size, dim]`."""
-    place = jnp.maximum(place, 0)
-    head = jnp.arange(programs, dtype=jnp.int32)[None, :, None]
+    batch, _, entries = place.shape
+    kv_heads, dim = storage.shape[0 if settings.paged else 2], storage.shape[-1]
+    place = jnp.maximum(place, 0).reshape(batch, kv_heads, -1)
+    take = jax.vmap(lambda blocks, place: blocks[place])  # of each key/value head
     if settings.paged:
-        return storage[head // (programs // storage.shape[0]), place]
-    batch, _, kv_heads, dim = storage.shape
-    blocks = storage.reshape(batch, -1, settings.block_size, kv_heads, dim)
-    entry = jnp.arange(batch, dtype=jnp.int32)[:, None, None]
-    return blocks[entry, place, :, head // (programs // kv_heads)]
+        found = jax.vmap(take, (None, 0))(storage, place)
+    else:
+        blocks = storage.reshape(batch, -1, settings.block_size, kv_heads, dim)
+        found = jax.vmap(take)(jnp.moveaxis(blocks, 3, 1), place)
+    return found.reshape(batch, programs, entries, settings.block_size, dim)

@@ -15,6 +15,7 @@ from pallas_kernels.decode import DecodeLists
 from s2_jax.cache_checks import check_cache
 from s2_jax.cache_lists import Queries
 from s2_jax.checks import is_array
+from s2_jax.contiguous_cache import write_rows
 from s2_jax.page_plan import PagePlan, plan_pages
 from s2_jax.patterns import Pattern
 from s2_jax.structure import at_least_one
@@ -183,12 +184,16 @@ class EvictingCache:
         page = self._page_of(table, position // size, kv_heads)
         fits = (step < lengths[:, None]) & (position < self.max_length)
         page = jnp.where(fits[:, None] & (page >= 0), page, self.key.shape[1])
-        head = jnp.arange(kv_heads.size, dtype=jnp.int32)[None, :, None]
-        where = (head, page, (position % size)[:, None])
+
+        # By vmap, so that a mesh which splits the heads need not exchange anything.
+        @functools.partial(jax.vmap, in_axes=(0, 1, 2))
+        def write(pages: Array, page: Array, new: Array) -> Array:
+            return pages.at[page, position % size].set(new, mode="drop")
+
         return dataclasses.replace(
             self,
-            key=self.key.at[where].set(jnp.swapaxes(key, 1, 2), mode="drop"),
-            value=self.value.at[where].set(jnp.swapaxes(value, 1, 2), mode="drop"),
+            key=write(self.key, page, key),
+            value=write(self.value, page, value),
             table=table,
         )
 
@@ -211,17 +216,16 @@ class EvictingCache:
         last = jnp.asarray(self._plan.last_of_block)[jnp.asarray(self._plan.plan_of_head)[kv_heads]]
         seen = last[None] >= (self.length // size)[:, None, None]
         page = jnp.where(seen, self._page_of(self.table, each, kv_heads), -1)
-        head = jnp.arange(kv_heads.size, dtype=jnp.int32)[None, :, None]
         step = jnp.arange(key.shape[1], dtype=jnp.int32)[None]
         position = self.length[:, None] + step
         fits = (step < lengths[:, None]) & (position < self.max_length)
         row = jnp.where(fits, position, blocks * size)
-        entry = jnp.arange(batch, dtype=jnp.int32)[:, None]
 
         def by_position(pages: Array, new: Array) -> Array:
-            held = jnp.where((page >= 0)[..., None, None], pages[head, page], 0)
+            held = jax.vmap(lambda pages, page: pages[page], (0, 1), 1)(pages, page)
+            held = jnp.where((page >= 0)[..., None, None], held, 0)
             held = jnp.moveaxis(held, 1, 3).reshape(batch, blocks * size, *new.shape[2:])
-            return held.at[entry, row].set(new, mode="drop")
+            return write_rows(held, row, new)
 
         return by_position(self.key, key), by_position(self.value, value)
 
@@ -251,10 +255,10 @@ class EvictingCache:
     def _page_of(self, table: PageTable, block: Array, kv_heads: Array) -> Array:
         """Pages that hold blocks `[batch, n]`, `[batch, kv_heads, n]`; -1 where none does."""
         slot = self._slots(block, kv_heads)
-        entry = jnp.arange(slot.shape[0], dtype=jnp.int32)[:, None, None]
-        head = jnp.arange(slot.shape[1], dtype=jnp.int32)[None, :, None]
-        held = table.block[entry, head, slot] == block[:, None]
-        return jnp.where(held & (slot >= 0), table.page[entry, slot], -1)
+        there = jnp.maximum(slot, 0)
+        held = jnp.take_along_axis(table.block, there, axis=2) == block[:, None]
+        page = jax.vmap(lambda page, there: page[there])(table.page, there)
+        return jnp.where(held & (slot >= 0), page, -1)
 
     def _advanced(self, new: int, lengths: Array, kv_heads: Array) -> PageTable:
         """The table once `lengths` of up to `new` tokens have come."""
@@ -263,7 +267,9 @@ class EvictingCache:
         block = begun[:, None] + jnp.arange(-(-new // size), dtype=jnp.int32)[None]
         slot = self._slots(block, kv_heads)
         slot = jnp.where((slot >= 0) & (block < end[:, None])[:, None], slot, table.page.shape[1])
-        entry = jnp.arange(slot.shape[0], dtype=jnp.int32)[:, None, None]
-        head = jnp.arange(slot.shape[1], dtype=jnp.int32)[None, :, None]
-        held = table.block.at[entry, head, slot].max(block[:, None], mode="drop")
+
+        def newer(held: Array, slot: Array, block: Array) -> Array:
+            return held.at[slot].max(block, mode="drop")
+
+        held = jax.vmap(jax.vmap(newer, (0, 0, None)))(table.block, slot, block)
         return PageTable(table.page, held, table.length + lengths)

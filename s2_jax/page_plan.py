@@ -24,10 +24,10 @@ _CELLS_AT_ONCE = 1 << 24
 class PagePlan:
     """The slots of every key/value head.
 
-    slot_of_block: int32 `[plans, blocks]`, -1 where no query sees the block. last_of_block: the same
-    for the last query block that sees it. plan_of_head: int32 `[num_kv_heads]`. slots_by_block:
-    int32 `[blocks + 1]`, slots that the head with the most has needed once so many blocks have
-    begun.
+    slot_of_block: int32 `[plans, blocks]`, -1 where no query sees the block. last_of_block: the
+    same for the last query block that sees it. plan_of_head: int32 `[num_kv_heads]`.
+    slots_by_block: int32 `[blocks + 1]`, slots that the head with the most has needed once so many
+    blocks have begun.
     """
 
     slot_of_block: np.ndarray
