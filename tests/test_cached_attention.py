@@ -179,7 +179,7 @@ def test_neighbours_change_no_bit(kind, implementation):
 def test_first_drops_what_was_held(kind, implementation):
     once, cache = feed(CALL, cache_of(kind), [(35, 48, 1), 16], implementation, first=True)
     assert_one_forward(once, CALL, cache.length)
-    _, used = feed(CALL, cache_of(kind), [(48, 17, 40), (16, 0, 3)], implementation)
+    _, used = feed(CALL, cache_of(kind), [(48, 17, 48), 48, (16, 0, 16)], implementation)
     again, _ = feed(CALL, used, [(35, 48, 1), 16], implementation, first=True)
     assert once.tobytes() == again.tobytes()
 
@@ -254,13 +254,13 @@ def test_a_pool_of_pages(implementation):
     rest, _ = feed(CALL, cache, [(9, 0, 0)], implementation)
     assert_one_forward(np.stack([out[0] + more[0] + rest[0], out[1], out[2]]), CALL, [110, 32, 0])
 
-    # Its pages go to the third.
-    cache = give(cache, 1, page_numbers(cache))
+    # Its pages go to the third, and others to a new one in its place.
+    cache = give(cache, 1, page_numbers(cache, 6, 13, 10))
     cache = give(cache, 2, page_numbers(cache, 2, 1, 5))
     np.testing.assert_array_equal(cache.length, [101, 0, 0])
-    third, cache = feed(CALL, cache, [(9, 0, 16), (0, 0, 32)], implementation)
-    assert_one_forward(np.stack([out[0], out[1], third[2]]), CALL, [64, 32, 48])
-    assert third[0].tobytes() == rest[0].tobytes()
+    new, cache = feed(CALL, cache, [(9, 16, 16), (0, 20, 32)], implementation)
+    assert_one_forward(np.stack([out[0], new[1], new[2]]), CALL, [64, 36, 48])
+    assert new[0].tobytes() == rest[0].tobytes()
 
 
 def test_layers_share_a_table(kind):
