@@ -89,11 +89,11 @@ def cached_attention(
         )
     new = call.query.shape[1]
     lengths = check_lengths("lengths", lengths, cache.length.shape[0], new, unbatched=False)
-    before = cache.emptied() if boolean("first", first) else cache
-    if first and new > cache.max_length:
+    if boolean("first", first) and new > cache.max_length:
         raise ValueError(f"{new} new tokens are more than max_length={cache.max_length}")
     if choose(call, implementation) == "reference":
         implementation = "reference"
+    before = cache.emptied() if first else cache
     if lengths is None:
         lengths = jnp.full(cache.length.shape, new, jnp.int32)
     kv_heads = jnp.arange(call.key.shape[2], dtype=jnp.int32)

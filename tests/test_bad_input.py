@@ -110,7 +110,10 @@ def test_a_good_call_is_taken(names):
     assert np.isfinite(out).all()
     assert np.isfinite(lse).all()
     assert COMPILED
-    for good in (names["ATTEND"](names["QUERY"], *[names["KEY"]] * 2), names["LAYER"](names["X"])):
+    attended = names["ATTEND"](names["QUERY"], *[names["KEY"]] * 2)
+    decoded = [names["step"](cache=names[cache])[0] for cache in ("CACHE", "ROWS")]
+    combined = names["combine_partials"](names["OUTS"], names["LSES"])
+    for good in (attended, names["LAYER"](names["X"]), *decoded, *combined):
         assert np.isfinite(good).all()
 
 
