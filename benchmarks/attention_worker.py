@@ -4,8 +4,8 @@
 
 Reads requests and writes answers, a line of JSON each. First it answers that it is ready. A
 request: {"do": "prepare" | "round" | "clear", "case": fields of a `Case`, "keep": bool}; where not
-`keep`, no inputs stay alive after it. An answer is what the module's `Session` returns, or
-{"error": text}, or {"unsupported": text}.
+`keep`, no inputs stay alive after it. A module whose cases are of another class names it `CASE`.
+An answer is what the module's `Session` returns, or {"error": text}, or {"unsupported": text}.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ def answer(session: Any, request: dict[str, Any]) -> dict[str, Any]:
     try:
         if request["do"] == "clear":
             return session.clear() or {}
-        reply = getattr(session, request["do"])(Case(**request["case"]))
+        make_case = getattr(sys.modules[type(session).__module__], "CASE", Case)
+        reply = getattr(session, request["do"])(make_case(**request["case"]))
         if not request["keep"]:
             session.forget_inputs()
         return reply

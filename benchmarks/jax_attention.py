@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import gc
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,19 +13,12 @@ import numpy as np
 
 import s2_jax
 from benchmarks.cases import MODES, Case, Mode, Name
-from benchmarks.timing import (
-    SHORT_SECONDS,
-    calls_of_group,
-    seconds_once,
-    short_calls_of_group,
-    traced_seconds,
-)
+from benchmarks.jax_timing import Stopwatch
+from benchmarks.random_arrays import draw
 from pallas_kernels import lowering
 from pallas_kernels.tiles import pick_tiles
 from s2_jax.layout import PatternLayouts, block_lists
 
-_DRAWN_TOKENS = 8192
-_MOST_TRACES = 3
 Arrays = tuple[jax.Array, ...]
 Attention = Callable[..., jax.Array]
 
@@ -85,14 +75,6 @@ def _masks(case: Case) -> dict[str, np.ndarray]:
     return {"segment_ids": np.tile(ids, (case.batch, 1))}
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _draw(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Standard normal; beyond some tokens it repeats, so that drawing needs no more memory."""
-    batch, tokens, *rest = shape
-    some = jax.random.normal(key, (batch, min(tokens, _DRAWN_TOKENS), *rest), jnp.bfloat16)
-    return jnp.tile(some, (1, -(-tokens // _DRAWN_TOKENS), 1, 1))[:, :tokens]
-
-
 @jax.jit
 def _all_finite(results: Arrays) -> jax.Array:
     return jnp.stack([jnp.isfinite(result).all() for result in results]).all()
@@ -110,7 +92,7 @@ def _program(attention: Attention, mode: Mode) -> Callable[..., Arrays]:
 
 
 class Program:
-    """Compiled ahead of time. seconds: of one call, roughly, once it has run."""
+    """Compiled ahead of time."""
 
     def __init__(self, attention: Attention, case: Case, mode: Mode) -> None:
         *inputs, grad = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in _shapes(case))
@@ -123,9 +105,8 @@ class Program:
         if (sizes := self._compiled.memory_analysis()) is not None:
             parts = ("argument", "output", "temp")
             self.facts["bytes"] = sum(getattr(sizes, f"{part}_size_in_bytes") for part in parts)
-        self._seconds: float | None = None
-        self._traces = 0
-        self._why: str | None = None
+        self._watch = Stopwatch()
+        self._checked = False
 
     def time(self, inputs: tuple[Any, ...]) -> dict[str, Any]:
         """Seconds of one call, from a group of them, and the clock; nothing after enough traces.
@@ -140,41 +121,11 @@ class Program:
                 results = self._compiled(*inputs)
             jax.block_until_ready(results)
 
-        if self._seconds is None:
+        if not self._checked:
             if not bool(_all_finite(self._compiled(*inputs))):
                 raise FloatingPointError("results that are not finite")
-            self._seconds = seconds_once(run)
-        if self._seconds < SHORT_SECONDS and self._why is None:
-            if self._traces == _MOST_TRACES:
-                return {}
-            self._traces += 1
-            count = short_calls_of_group(self._seconds)
-            run(2)
-            try:
-                traced = _traced(lambda: run(count), count)
-            except Exception as failure:  # a profiler may be missing in many ways; time goes on
-                traced, self._why = None, f"profiler: {type(failure).__name__}: {failure}"[:200]
-            if traced is not None:
-                return {"seconds": traced, "clock": "profiler"}
-            self._why = self._why or "profiler: fewer GPU events than calls"
-        count = calls_of_group(self._seconds)
-        if count > 1:
-            run(1)
-        start = time.perf_counter()
-        run(count)
-        seconds = (time.perf_counter() - start) / count
-        return {"seconds": seconds, "clock": "wall"} | ({"why": self._why} if self._why else {})
-
-
-def _traced(run: Callable[[], None], calls: int) -> float | None:
-    """Seconds of one call on the GPU by its profiler; None if it has not seen them all."""
-    options = jax.profiler.ProfileOptions()
-    options.host_tracer_level = options.python_tracer_level = 0
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder, profiler_options=options):
-            run()
-        traces = sorted(Path(folder).rglob("*.xplane.pb"))
-        return traced_seconds(jax.profiler.ProfileData.from_file(str(traces[-1])).planes, calls)
+            self._checked = True
+        return self._watch.time(run)
 
 
 class Session:
@@ -199,7 +150,7 @@ class Session:
         if self._inputs is None or self._inputs[0] != case.shape:
             self.forget_inputs()
             keys = jax.random.split(jax.random.key(0), 4)
-            *drawn, grad = (_draw(key, shape) for key, shape in zip(keys, _shapes(case)))
+            *drawn, grad = (draw(key, shape) for key, shape in zip(keys, _shapes(case)))
             arrays = (tuple(drawn), grad, jax.device_put(_masks(case)))
             self._inputs = case.shape, jax.block_until_ready(arrays)
         inputs = self._inputs[1]

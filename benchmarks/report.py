@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,22 +126,43 @@ def _table(rows: list[dict[str, Any]]) -> str:
         index, first = found.get("s2_jax") or next(iter(found.values()))
         for mode in MODES:
             line = [describe(first), _PASSES[mode]]
-            line.append(_number(first[f"{mode}_tflops"]))
+            line.append(number(first[f"{mode}_tflops"]))
             line.append(f"{share[mode][index]:.0%}" if index in share[mode] else "-")
-            line.append(_number(first[f"{mode}_memory_ratio"]))
+            line.append(number(first[f"{mode}_memory_ratio"]))
             for name in names:
                 row = found[name][1] if name in found else {}
                 line.append(_cell(row, f"{mode}_ms", first))
             lines.append(line)
+    return lined_up(lines)
+
+
+def lined_up(lines: Iterable[Sequence[str]]) -> str:
+    """A table, the first line being its head."""
+    lines = list(lines)
     widths = [max(map(len, column)) for column in zip(*lines)]
     return "\n".join("  ".join(c.rjust(w) for c, w in zip(line, widths)) for line in lines)
 
 
-def _number(value: float | None) -> str:
+def number(value: float | None) -> str:
     """Three significant digits."""
     if value is None:
         return "-"
     return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
+
+
+def gigabytes(size: int | None) -> str:
+    return number(size and size / 1e9)
+
+
+def spread(row: dict[str, Any], unit: str = "ms") -> str:
+    """The least and the most."""
+    return f"{number(row[f'min_{unit}'])}-{number(row[f'max_{unit}'])}"
+
+
+def ratio(row: dict[str, Any]) -> str:
+    """How many times as long the dense model takes."""
+    found = row.get("dense_over_it")
+    return "-" if found is None else f"{found:.2f}x"
 
 
 def _cell(row: dict[str, Any], name: str, first: dict[str, Any]) -> str:
@@ -148,8 +170,8 @@ def _cell(row: dict[str, Any], name: str, first: dict[str, Any]) -> str:
         error = row.get("error") or ""
         return "n/s" if error.startswith("not supported") else "failed" if error else "-"
     if row is first or first[name] is None:
-        return _number(row[name])
-    return f"{_number(row[name])} ({row[name] / first[name]:.2f}x)"
+        return number(row[name])
+    return f"{number(row[name])} ({row[name] / first[name]:.2f}x)"
 
 
 def _notes(result: dict[str, Any]) -> list[str]:

@@ -234,9 +234,7 @@ def table(result: dict[str, Any]) -> str:
         spread = f"{row['ratio_low']:.3f}-{row['ratio_high']:.3f}"
         names = (str(row["length"]), row["split"], row["way"])
         lines.append([*names, *numbers, spread, f"{row['tflops']:.0f}"])
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    text = "\n".join("  ".join(x.rjust(w) for x, w in zip(line, widths)) for line in lines)
-    kind = result["device_kind"]
+    text, kind = report.lined_up(lines), result["device_kind"]
     return f"{text}\n{n} x {kind} against 1; TFLOP/s of visited blocks, all devices together"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -12,6 +13,7 @@ GROUP_SECONDS = 0.05
 SHORT_SECONDS = 2e-3
 """Calls below it are timed on the device alone, without the gaps that the host leaves."""
 _MOST_SHORT_CALLS = 50
+_NAMED_KERNELS = 15
 
 
 def calls_of_group(once: float) -> int:
@@ -46,10 +48,7 @@ def traced_seconds(planes: Iterable[Any], calls: int) -> float | None:
     Returns:
       None where there is no GPU, or where there are fewer events than calls.
     """
-    gpus = sorted((p for p in planes if p.name.startswith("/device:GPU")), key=lambda p: p.name)
-    lines = list(gpus[0].lines) if gpus else []
-    streams = [line for line in lines if "stream" in line.name.lower()] or lines
-    spans = sorted((e.start_ns, e.start_ns + e.duration_ns) for s in streams for e in s.events)
+    spans = [(begin, end) for begin, end, _ in _gpu_events(planes)]
     if not spans or len(spans) < calls:
         return None
     together = 1 if len(spans) % calls else len(spans) // calls
@@ -60,3 +59,42 @@ def traced_seconds(planes: Iterable[Any], calls: int) -> float | None:
         busy += max(0.0, stop - max(group[0][0], reached))
         reached = max(reached, stop)
     return busy / calls / 1e9
+
+
+def kernel_seconds(planes: Iterable[Any], calls: int) -> dict[str, float]:
+    """Of one call on the first GPU, by the kernel's name, the longest first."""
+    found: dict[str, float] = {}
+    for begin, end, name in _gpu_events(planes):
+        found[name] = found.get(name, 0.0) + (end - begin) / calls / 1e9
+    return dict(sorted(found.items(), key=lambda item: -item[1]))
+
+
+def _gpu_events(planes: Iterable[Any]) -> list[tuple[float, float, str]]:
+    """Begin and end in nanoseconds, and the name, of what the first GPU's streams did."""
+    gpus = sorted((p for p in planes if p.name.startswith("/device:GPU")), key=lambda p: p.name)
+    lines = list(gpus[0].lines) if gpus else []
+    streams = [line for line in lines if "stream" in line.name.lower()] or lines
+    return sorted(
+        (e.start_ns, e.start_ns + e.duration_ns, getattr(e, "name", ""))
+        for s in streams for e in s.events
+    )  # fmt: skip
+
+
+def summary(times: list[dict[str, Any]]) -> dict[str, Any]:
+    """The median of rounds with the least and the most; and of the last one that was traced, the
+    time that the GPU was busy, and the longest kernels.
+    """
+    ms = [1e3 * one["seconds"] for one in times]
+    kernels: dict[str, float] = {}
+    for one in times:
+        kernels = one.get("kernels") or kernels
+    return {
+        "ms": statistics.median(ms) if ms else None,
+        "min_ms": min(ms, default=None),
+        "max_ms": max(ms, default=None),
+        "rounds": len(ms),
+        "clock": "+".join(sorted({one["clock"] for one in times})) or None,
+        "clock_why": next((one["why"] for one in times if "why" in one), None),
+        "busy_ms": 1e3 * sum(kernels.values()) if kernels else None,
+        "kernels_ms": {name: 1e3 * s for name, s in list(kernels.items())[:_NAMED_KERNELS]},
+    }

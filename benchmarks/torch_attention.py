@@ -98,6 +98,41 @@ def _call(attention: Attention, mode: Mode, inputs: tuple[Any, ...]) -> tuple[An
         return (attention(query, key, value),)
 
 
+def call_seconds(call: Callable[[], Any]) -> float:
+    """Of one call, roughly."""
+    import torch  # type: ignore[import-not-found]
+
+    def run(count: int) -> None:
+        for _ in range(count):
+            call()
+        torch.cuda.synchronize()
+
+    run(1)
+    return seconds_once(run)
+
+
+def events_time(call: Callable[[], Any], once: float) -> dict[str, Any]:
+    """Of one of many calls, between CUDA events. Short ones wait in the queue until all are there.
+
+    once: what a call takes, roughly.
+    """
+    import torch  # type: ignore[import-not-found]
+
+    short = once < SHORT_SECONDS
+    count = short_calls_of_group(once) if short else calls_of_group(once)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    if count > 1:
+        call()
+    if short and hasattr(torch.cuda, "_sleep"):
+        torch.cuda._sleep(int(_CYCLES_A_SECOND * once * count))
+    begin.record()
+    for _ in range(count):
+        call()
+    end.record()
+    end.synchronize()
+    return {"seconds": begin.elapsed_time(end) / 1e3 / count, "clock": "cuda-events"}
+
+
 class Session:
     """What the worker holds: attentions by case, and the inputs of one shape."""
 
@@ -156,31 +191,12 @@ class Session:
         return {mode: self._time(case, mode, inputs) for mode in MODES}
 
     def _time(self, case: Case, mode: Mode, inputs: tuple[Any, ...]) -> dict[str, Any]:
-        """Between CUDA events. Short calls wait in the queue until all are there."""
-        import torch  # type: ignore[import-not-found]
+        def call() -> Any:
+            return _call(self._attentions[case], mode, inputs)
 
-        def run(count: int) -> None:
-            for _ in range(count):
-                _call(self._attentions[case], mode, inputs)
-            torch.cuda.synchronize()
-
-        once = self._seconds.get((case, mode))
-        if once is None:
-            run(1)
-            once = self._seconds[case, mode] = seconds_once(run)
-        short = once < SHORT_SECONDS
-        count = short_calls_of_group(once) if short else calls_of_group(once)
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        if count > 1:
-            _call(self._attentions[case], mode, inputs)
-        if short and hasattr(torch.cuda, "_sleep"):
-            torch.cuda._sleep(int(_CYCLES_A_SECOND * once * count))
-        begin.record()
-        for _ in range(count):
-            _call(self._attentions[case], mode, inputs)
-        end.record()
-        end.synchronize()
-        return {"seconds": begin.elapsed_time(end) / 1e3 / count, "clock": "cuda-events"}
+        if (case, mode) not in self._seconds:
+            self._seconds[case, mode] = call_seconds(call)
+        return events_time(call, self._seconds[case, mode])
 
     def clear(self) -> None:
         self._attentions, self._seconds = {}, {}

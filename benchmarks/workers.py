@@ -11,10 +11,11 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import FRAMEWORKS, Name
+from benchmarks.cases import FRAMEWORKS, Framework
 
 _ROOT = Path(__file__).resolve().parents[1]
 
@@ -44,9 +45,10 @@ class Timeouts:
 class Worker:
     """A process and its two pipes; its errors go to a log file."""
 
-    def __init__(self, name: Name, environment: dict[str, str], log: Path) -> None:
+    def __init__(
+        self, name: str, framework: Framework, environment: dict[str, str], log: Path
+    ) -> None:
         self._log = log
-        framework = FRAMEWORKS[name]
         command = [sys.executable, "-m", "benchmarks.attention_worker", name, framework.module]
         with log.open("a") as errors:
             self._log_start = errors.tell()
@@ -103,11 +105,13 @@ class Worker:
 class Pool:
     """One worker a framework, started when it is first asked something."""
 
-    def __init__(self, logs: Path, timeouts: Timeouts) -> None:
-        """logs: the log files' path without their end."""
-        self._logs, self._timeouts = logs, timeouts
+    def __init__(
+        self, logs: Path, timeouts: Timeouts, frameworks: Mapping[Any, Framework] = FRAMEWORKS
+    ) -> None:
+        """logs: the log files' path without their end. frameworks: those there are, by name."""
+        self._logs, self._timeouts, self._frameworks = logs, timeouts, frameworks
         self._environment: dict[str, str] = {}
-        self._workers: dict[Name, Worker] = {}
+        self._workers: dict[str, Worker] = {}
 
     def renew(self, environment: dict[str, str]) -> None:
         """Gives every worker this environment; where it is a new one, they all start anew."""
@@ -115,12 +119,12 @@ class Pool:
             self.close()
             self._environment = environment
 
-    def ask(self, name: Name, **request: Any) -> dict[str, Any]:
+    def ask(self, name: str, **request: Any) -> dict[str, Any]:
         """Raises `Lost`, the worker being stopped, where there is no answer or an error."""
         try:
             if name not in self._workers:
                 log = self._logs.with_name(f"{self._logs.name}-{name}.log")
-                self._workers[name] = Worker(name, self._environment, log)
+                self._workers[name] = Worker(name, self._frameworks[name], self._environment, log)
                 first = self._workers[name].ask(None, self._timeouts.ready)
                 if "error" in first:
                     raise Unusable(first["error"])
@@ -138,7 +142,7 @@ class Pool:
             with contextlib.suppress(Lost):
                 self.ask(name, do="clear")
 
-    def close(self, *names: Name) -> None:
+    def close(self, *names: str) -> None:
         """Stops these workers, or all."""
         for name in names or list(self._workers):
             if worker := self._workers.pop(name, None):

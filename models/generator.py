@@ -57,7 +57,7 @@ class GeneratorConfig:
             raise ValueError(f"cache={self.cache!r} must be evicting or contiguous")
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """The sequences that are being decoded, one a row.
 
     token: int32 `[rows]`, the last one, which the cache does not hold yet. left: int32 `[rows]`,
@@ -209,10 +209,10 @@ class Generator:
         return int(token), cache
 
     def decode(
-        self, cache: ModelCache, rows: _Rows, sampling: Sampling, stops: Array, key: Array
-    ) -> tuple[np.ndarray, _Rows, ModelCache]:
+        self, cache: ModelCache, rows: Rows, sampling: Sampling, stops: Array, key: Array
+    ) -> tuple[np.ndarray, Rows, ModelCache]:
         """Some tokens of every row in use, `[steps, rows]`, -1 where there is none."""
-        produced, rows, cache = _decode(
+        produced, rows, cache = decode_steps(
             self._params,
             cache,
             rows,
@@ -248,7 +248,7 @@ class _Batch:
         self._free_pages = list(range(generator.pages))
         self._free_rows = list(range(generator.settings.rows))
         none = np.zeros((generator.settings.rows,), np.int32)
-        self._rows = _Rows(*(jnp.asarray(none) for _ in _Rows._fields))
+        self._rows = Rows(*(jnp.asarray(none) for _ in Rows._fields))
         self._cache = generator.empty_cache()
 
     def admit(self) -> None:
@@ -266,7 +266,7 @@ class _Batch:
             )
             self.running[row] = request
             left = 0 if token in self._stop else self._max_tokens - 1
-            self._rows = _Rows(
+            self._rows = Rows(
                 self._rows.token.at[row].set(token),
                 self._rows.left.at[row].set(left),
                 self._rows.request.at[row].set(request.number),
@@ -333,17 +333,17 @@ def _take_in(
 @functools.partial(
     jax.jit, static_argnames=("graphdef", "sampling", "steps"), donate_argnames=("cache", "rows")
 )
-def _decode(
+def decode_steps(
     params: Any,
     cache: ModelCache,
-    rows: _Rows,
+    rows: Rows,
     key: Array,
     stops: Int[Array, " stops"],
     *,
     graphdef: Any,
     sampling: Sampling,
     steps: int,
-) -> tuple[Int[Array, "steps rows"], _Rows, ModelCache]:
+) -> tuple[Int[Array, "steps rows"], Rows, ModelCache]:
     """Up to `steps` tokens of every row that is not free; -1 where there is none."""
     model = nnx.merge(graphdef, params)
 
@@ -359,7 +359,7 @@ def _decode(
         ended = jnp.any(token[:, None] == stops[None], axis=1)
         left = jnp.where(active & ~ended, rows.left - 1, 0)
         produced = produced.at[step].set(jnp.where(active, token, -1))
-        return step + 1, produced, _Rows(token, left, rows.request), cache
+        return step + 1, produced, Rows(token, left, rows.request), cache
 
     produced = jnp.full((steps, rows.token.size), -1, jnp.int32)
     _, produced, rows, cache = jax.lax.while_loop(

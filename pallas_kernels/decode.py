@@ -28,7 +28,21 @@ from pallas_kernels.tiles import Tile
 
 MAX_ROWS = 32  # one bit a row
 _LEAST_ROWS = 16
-_PROGRAMS = 512  # about two rounds of all programs that a large GPU runs at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeTile:
+    """How the work is cut, and how the kernel is compiled.
+
+    keys: of a turn of the loop, a power of two from 16 on. programs: how many there are to be at
+    least, so far as the lists can be split; 512 is about two rounds of all that a large GPU runs at
+    a time. num_warps, num_stages: as of `Tile`.
+    """
+
+    keys: int
+    programs: int = 512
+    num_warps: int = 4
+    num_stages: int = 2
 
 
 class DecodeLists(NamedTuple):
@@ -50,7 +64,7 @@ class DecodeSettings(Scoring):
     """The static side of a call.
 
     paged: the storage is pages, which all sequences share. window: exact tokens that join the
-    blocks.
+    blocks. tile: instead of the heuristic's.
     """
 
     scale: float
@@ -59,6 +73,7 @@ class DecodeSettings(Scoring):
     soft_cap: float | None = None
     window: Window | None = None
     launcher: Launcher = "pallas"
+    tile: DecodeTile | None = None
 
 
 def s2_decode_kernel(
@@ -155,7 +170,8 @@ def decode(
     more = rows - num_rows
     query = jnp.pad(query, ((0, 0), (0, 0), (0, more), (0, dim - head_dim)))
     position = jnp.pad(position, ((0, 0), (0, 0), (0, more)), constant_values=-1)
-    splits = max(1, min(-(-_PROGRAMS // (batch * programs)), -(-entries // 2)))
+    tile = settings.tile or pick_tile(key.dtype.itemsize, dim + padded_value)
+    splits = max(1, min(-(-tile.programs // (batch * programs)), -(-entries // 2)))
     if settings.paged:
         key, value = (x.reshape(x.shape[0], -1, x.shape[-1]) for x in (key, value))
     kv_heads = key.shape[0 if settings.paged else 2]
@@ -175,10 +191,9 @@ def decode(
         shape = (None, rows, None, dim)
         return pl.BlockSpec(shape, lambda s, p, b: (b, 0, lax.div(p, per_head), 0))
 
-    tile = _tile(rows, key.dtype.itemsize, dim + padded_value)
     out, lse = call_kernel(
         functools.partial(
-            s2_decode_kernel, settings=settings, keys=tile.block_kv, splits=splits
+            s2_decode_kernel, settings=settings, keys=tile.keys, splits=splits
         ),
         (query, key, value, position, *lists[:3], lists.used[..., None]),
         name="s2_attention_decode",
@@ -192,7 +207,7 @@ def decode(
             jax.ShapeDtypeStruct((splits, batch, programs, rows, padded_value), jnp.float32),
             jax.ShapeDtypeStruct((splits, batch, programs, rows), jnp.float32),
         ],
-        tile=tile,
+        tile=Tile(rows, tile.keys, tile.num_warps, tile.num_stages),
         launcher=settings.launcher,
     )  # fmt: skip
     weights, lse = part_weights(lse)
@@ -200,10 +215,10 @@ def decode(
     return out[:, :, :num_rows, :value_dim], lse[:, :, :num_rows]
 
 
-def _tile(rows: int, itemsize: int, dims: int) -> Tile:
+def pick_tile(itemsize: int, dims: int) -> DecodeTile:
     """Keys and values of a turn take 32 KB, so that two or three turns are under way."""
     fit = (1 << 15) // (itemsize * dims)
     keys = max(16, min(64, 1 << (fit.bit_length() - 1)))  # dims need not be a power of two
     hopper = (compute_capability() or 90) >= 90
     # In float32 the third turn would lie in registers, and spill.
-    return Tile(rows, keys, num_warps=4, num_stages=3 if hopper and itemsize == 2 else 2)
+    return DecodeTile(keys, num_stages=3 if hopper and itemsize == 2 else 2)
