@@ -88,5 +88,6 @@ def visible_bytes(cache: AnyCache) -> int:
 
 @jax.jit
 def _count(lists: DecodeLists) -> jax.Array:
-    used = jnp.arange(lists.place.shape[-1], dtype=jnp.int32) < lists.used[..., None]
+    entry = jnp.arange(lists.place.shape[-1], dtype=jnp.int32)[None, None]
+    used = entry < lists.used[..., None]
     return ((lists.place >= 0) & used).sum(dtype=jnp.int32)

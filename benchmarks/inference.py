@@ -100,6 +100,7 @@ class Settings:
             PRESETS[self.preset],
             vocab_size=self.vocab_size,
             dtype="bfloat16",
+            param_dtype="bfloat16",
             implementation=self.implementation,
             dense_implementation="cudnn" if self.dense_implementation == "cudnn" else None,
             remat="none",

@@ -1,4 +1,4 @@
-"""A model with random bfloat16 parameters, and the programs that serve it."""
+"""A model in shapes, and the programs that serve it."""
 
 from __future__ import annotations
 
@@ -24,8 +24,7 @@ _ALWAYS = 1 << 30
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Served:
-    """shapes: of the parameters, matrices in bfloat16; the norms' scales, which are multiplied in
-    float32, stay so."""
+    """shapes: of the parameters."""
 
     config: ModelConfig
     graphdef: Any
@@ -34,11 +33,7 @@ class Served:
     @classmethod
     def of(cls, config: ModelConfig) -> Served:
         model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
-        graphdef, params = nnx.split(model, nnx.Param)
-        shapes = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16 if x.ndim > 1 else x.dtype), params
-        )
-        return cls(config, graphdef, shapes)
+        return cls(config, *nnx.split(model, nnx.Param))
 
     def cache_shapes(self, batch: int, max_length: int) -> ModelCache:
         return jax.eval_shape(
@@ -90,7 +85,8 @@ class Served:
         weights = self.weight_bytes
         if not self.config.tie_embeddings:
             rows, width = self.config.vocab_size, self.config.width
-            weights -= (rows - cache.length.shape[0]) * width * 2
+            each = width * jnp.dtype(self.config.param_dtype).itemsize
+            weights -= (rows - cache.length.shape[0]) * each
         kinds = {n: cache.table_of_layer.index(n) for n in range(len(cache.tables))}
         seen = {n: visible_bytes(cache[layer]) for n, layer in kinds.items()}
         return weights + sum(seen[n] for n in cache.table_of_layer)

@@ -59,6 +59,8 @@ class Settings:
     """How all else attends."""
     remat: Literal["auto", "none", "attention", "full"] = "auto"
     """What is recomputed; auto: what the preset says, but "attention" from 131072 tokens on."""
+    scan_layers: bool = False
+    """Compile layers that repeat once."""
     rounds: int = 4
     cell_s: float = 20
     """Seconds after which a cell gets no further round, but two."""
@@ -97,6 +99,7 @@ class Settings:
             implementation=self.implementation,
             dense_implementation="cudnn" if self.dense_implementation == "cudnn" else None,
             remat=own if self.remat == "auto" else self.remat,
+            scan_layers=self.scan_layers,
             attention=hybrid,
         )
 

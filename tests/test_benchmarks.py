@@ -269,6 +269,18 @@ def test_a_traced_call_lasts_from_its_first_kernel_to_its_last():
     assert traced_seconds([host], calls=1) is None
 
 
+def test_kernels_are_summed_by_name():
+    events = [
+        SimpleNamespace(name=name, start_ns=a, duration_ns=b)
+        for name, a, b in (("copy", 0, 10), ("attend", 10, 30), ("copy", 50, 10))
+    ]
+    stream = SimpleNamespace(name="Stream #7(Compute)", events=events)
+    gpu = SimpleNamespace(name="/device:GPU:0", lines=[stream])
+    found = kernel_seconds([gpu], calls=2)
+    assert list(found) == ["attend", "copy"]
+    assert list(found.values()) == pytest.approx([15e-9, 10e-9])
+
+
 # Rows, text and pictures.
 
 
