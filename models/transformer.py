@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,16 @@ from s2_jax.nnx import S2Attention
 # Made once: a module keeps its initialiser, and two models are equal only if theirs are the same.
 _SMALL = nnx.initializers.normal(0.02)
 _KEEPS_VARIANCE = nnx.initializers.lecun_normal()
-_KEEP_ATTENTION = jax.checkpoint_policies.save_only_these_names(
-    "s2_attention_out", "s2_attention_lse"
+
+
+def _by_cudnn(primitive: Any, *_: Any, **__: Any) -> bool:
+    """What JAX's attention by cuDNN leaves for its backward pass has no name."""
+    return primitive.name == "dot_product_attention_fwd_wrapper"
+
+
+_KEEP_ATTENTION = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.save_only_these_names("s2_attention_out", "s2_attention_lse"),
+    _by_cudnn,
 )
 
 

@@ -6,8 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax._src.cudnn import fused_attention_stablehlo
 
 import s2_jax
+from models import HybridConfig, ModelConfig, Transformer
 from pallas_kernels import lowering
 from s2_jax import ContiguousCache, cached_attention
 
@@ -101,3 +104,32 @@ def test_what_it_cannot_do_is_refused(options, message):
 def test_it_needs_a_gpu():
     with jax.default_device(jax.devices("cpu")[0]), pytest.raises(ValueError, match="needs an NV"):
         call()
+
+
+@pytest.mark.parametrize(("remat", "times"), [("none", 1), ("attention", 1), ("full", 2)])
+def test_what_is_recomputed_leaves_it_out(remat, times, monkeypatch):
+    """Lowered for a GPU, whatever there is."""
+    monkeypatch.setattr(lowering, "target_platform", lambda: "gpu")
+    monkeypatch.setattr(lowering, "compute_capability", lambda: 90)
+    answers = {
+        "check_cudnn_version": lambda: 91200,
+        "check_compute_capability": lambda capability: True,
+        "is_cuda_compute_capability_equal": lambda capability: False,
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(fused_attention_stablehlo, name, answer)
+    config = ModelConfig(
+        num_layers=2, width=128, num_heads=2, num_kv_heads=2, dtype="bfloat16", remat=remat,
+        dense_implementation="cudnn", attention=HybridConfig(kind="dense"),
+    )  # fmt: skip
+    model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+    graphdef, params = nnx.split(model, nnx.Param)
+
+    def loss(params, tokens):
+        return nnx.merge(graphdef, params)(tokens).sum()
+
+    tokens = jax.ShapeDtypeStruct((1, 64), jnp.int32)
+    traced = jax.jit(jax.grad(loss)).trace(params, tokens)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    found = [text.count(f"custom_call @__cudnn$fmhaSoftmax{end}(") for end in ("", "Backward")]
+    assert found == [times * config.num_layers, config.num_layers]
