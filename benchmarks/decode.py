@@ -123,6 +123,9 @@ def run(settings: Settings) -> Record:
     data["peers"] = {"torch": status}
     if missing := missing_packages():
         data["peers"]["jax_triton"] = f"not installed: {', '.join(missing)}"
+    for shape in settings.shapes(None):
+        if (cut := settings.fitting(shape, memory or None)) != shape:
+            data["notes"].append(f"{_name(dataclasses.asdict(shape))} is cut to batch {cut.batch}")
     data["bandwidth"] = measure_bandwidth(settings.copy_bytes, rounds)
     data["sweep"] = []
     for row in rows:

@@ -24,7 +24,7 @@ from benchmarks.inference_cells import Asked, attention_rows, fa2_rows, plan
 from benchmarks.inference_table import table
 from benchmarks.programs import compile_all, memory_limit
 from benchmarks.random_arrays import draw_parameters
-from benchmarks.record import Record, add_ratios, read_settings
+from benchmarks.record import Record, read_settings
 from benchmarks.report import number
 from benchmarks.serving import Served
 from models.config import HybridConfig, ModelConfig
@@ -114,7 +114,7 @@ def run(settings: Settings) -> Record:
     lengths = settings.lengths if attention else ()
     logs = settings.out.with_suffix("")
     status, rows = fa2_rows(settings.config("dense"), lengths, settings.rounds, logs)
-    record = Record(settings, begin)
+    record = Record(settings, begin, ("part", "batch", "length"))
     record.data["peers"] = {"torch": status}
     record.data["bandwidth"] = measure_bandwidth(settings.copy_bytes, settings.rounds)
     for row in rows:
@@ -141,8 +141,6 @@ def run(settings: Settings) -> Record:
             row = cell.measure(served, params, programs.pop(cell, cell.why_not), settings)
             _add(record, {"model": name} | row)
             gc.collect()
-    add_ratios(record.data["rows"], ("part", "batch", "length"))
-    record.write()
     return record
 
 

@@ -52,8 +52,11 @@ class Record:
       ValueError: JAX runs on another platform than the settings say.
     """
 
-    def __init__(self, settings: Any, begin: float) -> None:
-        """begin: of the run, by `time.perf_counter`, from which its budget counts."""
+    def __init__(self, settings: Any, begin: float, alike: Sequence[str] = ()) -> None:
+        """begin: of the run, by `time.perf_counter`, from which its budget counts. alike: what is
+        equal in rows that are compared with the dense model's, see `add_ratios`.
+        """
+        self._alike = alike
         self._out, self._budget_s, self._begin = settings.out, settings.budget_s, begin
         device = jax.devices()[0]
         if device.platform != settings.platform:
@@ -67,6 +70,7 @@ class Record:
             "versions": report.versions(),
             "commit": report.commit(),
             "settings": dataclasses.asdict(settings) | {"out": None},
+            "notes": [],
             "not_measured": [],
             "failed": [],
             "rows": [],
@@ -94,6 +98,8 @@ class Record:
 
     def write(self) -> float:
         """The file; the seconds since the start."""
+        if self._alike:
+            add_ratios(self.data["rows"], self._alike)
         self.data["seconds"] = time.perf_counter() - self._begin
         self._out.write_text(json.dumps(self.data, indent=1) + "\n")
         return self.data["seconds"]
@@ -104,6 +110,7 @@ class Record:
         gpu = data["gpu"] or {"name": data["device_kind"], "driver": "none"}
         lines = [f"{gpu['name']}, driver {gpu['driver']}; medians of rounds"]
         lines += [f"{name}: {status}" for name, status in data.get("peers", {}).items()]
+        lines += data["notes"]
         lines += [f"failed: {what}" for what in data["failed"]]
         lines += [f"not measured, the budget was spent: {what}" for what in data["not_measured"]]
         return lines

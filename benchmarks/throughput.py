@@ -22,7 +22,7 @@ from benchmarks.attention_worker import first_line
 from benchmarks.jax_timing import calls, in_turn
 from benchmarks.programs import Lower, Program, compile_all, peak_memory
 from benchmarks.random_arrays import draw_parameters
-from benchmarks.record import Record, add_ratios, read_settings
+from benchmarks.record import Record, read_settings
 from benchmarks.report import number
 from benchmarks.throughput_table import table
 from benchmarks.timing import summary
@@ -165,7 +165,7 @@ class Training(NamedTuple):
 
 def run(settings: Settings) -> Record:
     """Measures everything; the file is complete up to the last cell."""
-    record = Record(settings, time.perf_counter())
+    record = Record(settings, time.perf_counter(), ("preset", "batch", "length"))
     for preset in settings.presets:
         for length in settings.lengths:
             batch = max(1, -(-settings.tokens // length))
@@ -186,8 +186,6 @@ def run(settings: Settings) -> Record:
                 figures = f"{number(row['ms'])} ms, {number(row['tokens_s'])} tokens/s"
                 record.add(row, f"{what}: {row['error'] or figures}")
                 gc.collect()
-    add_ratios(record.data["rows"], ("preset", "batch", "length"))
-    record.write()
     return record
 
 
