@@ -94,6 +94,7 @@ def cached_attention(
     if choose(call, implementation) == "reference":
         implementation = "reference"
     before = cache.emptied() if first else cache
+    padded = lengths  # None where nothing is: kernels need no masks for it then
     if lengths is None:
         lengths = jnp.full(cache.length.shape, new, jnp.int32)
     kv_heads = jnp.arange(call.key.shape[2], dtype=jnp.int32)
@@ -102,14 +103,14 @@ def cached_attention(
     start, grown = before.length, before.append(call.key, call.value, lengths, kv_heads)
     attend = functools.partial(
         s2_attention, pattern=cache.pattern, scale=call.scale, logits_soft_cap=logits_soft_cap,
-        head_axis=head_axis, implementation=implementation, query_seq_lengths=lengths,
+        head_axis=head_axis, implementation=implementation, query_seq_lengths=padded,
     )  # fmt: skip
     step = jnp.arange(new, dtype=jnp.int32)[None]
     position = start[:, None] + step
     counts = step < lengths[:, None]
     later = None if implementation == "cudnn" else implementation  # it takes whole prompts alone
     if first or not new:
-        out = attend(call.query, call.key, call.value, key_value_seq_lengths=lengths)
+        out = attend(call.query, call.key, call.value, key_value_seq_lengths=padded)
     elif new <= _DECODE_AT_MOST:
         # What lies past max_length was never written, so that nothing may look there.
         asks = jnp.where(counts & (position < cache.max_length), position, -1)
