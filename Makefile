@@ -26,8 +26,9 @@ help: ## list the targets
 demo: $(INSTALLED) ## run the demo
 	$(BIN)/python -m train.demo
 
+# worksteal: tests beside each other, which share what they compile, mostly get the same worker.
 test: $(INSTALLED) ## run the tests
-	$(BIN)/python -m pytest -n $(WORKERS) -q
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q
 
 compile: $(INSTALLED) ## compile every kernel with the official Triton; no GPU needed
 	$(BIN)/python -m pytest -n $(WORKERS) -q -m compile
