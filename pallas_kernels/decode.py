@@ -215,10 +215,16 @@ def decode(
     return out[:, :, :num_rows, :value_dim], lse[:, :, :num_rows]
 
 
-def pick_tile(itemsize: int, dims: int) -> DecodeTile:
-    """Keys and values of a turn take 32 KB, so that two or three turns are under way."""
+def pick_tile(itemsize: int, dims: int, capability: int | None = None) -> DecodeTile:
+    """Keys and values of a turn take 32 KB, so that two or three turns are under way.
+
+    dims: padded, of keys and values together. capability: of the GPU, by default that of the call.
+    """
     fit = (1 << 15) // (itemsize * dims)
     keys = max(16, min(64, 1 << (fit.bit_length() - 1)))  # dims need not be a power of two
-    hopper = (compute_capability() or 90) >= 90
-    # In float32 the third turn would lie in registers, and spill.
-    return DecodeTile(keys, num_stages=3 if hopper and itemsize == 2 else 2)
+    if itemsize > 2:
+        # Products of float32 are made of registers alone: more threads, or they spill, as would
+        # what a third turn brings.
+        return DecodeTile(keys, num_warps=8)
+    hopper = (capability or compute_capability() or 90) >= 90
+    return DecodeTile(keys, num_stages=3 if hopper else 2)
