@@ -1,4 +1,6 @@
-"""The kernels whose resources are measured: call variants x every tile that can be picked."""
+"""The kernels whose resources are measured: call variants x every tile that can be picked, and
+steps of decoding.
+"""
 
 from __future__ import annotations
 
@@ -14,15 +16,25 @@ import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import s2_jax
+from pallas_kernels.call import padded_dim
+from pallas_kernels.decode import pick_tile
 from pallas_kernels.tiles import Tile, TileConfig, pick_tiles
 from pallas_kernels.triton_ir import KernelIR, kernels_of
 
-KERNELS = ("forward", "dq", "dkv")
 HEAD_DIMS = (64, 80, 128, 192, 256)
 BLOCK_SIZES = (16, 32, 64, 128)
-_H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
 _SHORT, _LONG = 1024, 1 << 20
 _KV_HEADS = 2
+# A GPU for each generation; what is picked for a 100 is picked for a 120.
+_DEVICES = {80: "A100", 86: "A10G", 89: "L4", 90: "H100", 100: "B200", 120: "B200"}
+
+
+def _lower(function: Any, *arrays: Any, capability: int = 90) -> jax.stages.Lowered:
+    """For one GPU generation; needs no GPU."""
+    kind = _DEVICES[capability]
+    device = AbstractDevice(device_kind=f"NVIDIA {kind}", num_cores=132, platform="cuda")
+    with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+        return jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",))
 
 
 def _few_runs(block_size: int, causal: bool) -> s2_jax.Pattern:
@@ -90,6 +102,8 @@ class Case:
     block_size: int
     tiles: TileConfig
 
+    names = ("forward", "dq", "dkv")
+
     def tile(self, kernel: str) -> Tile:
         return getattr(self.tiles, kernel)
 
@@ -117,14 +131,88 @@ class Case:
 
         arrays = [jax.ShapeDtypeStruct(shape, self.dtype) for shape in (queries, keys, keys)]
         offset = jax.ShapeDtypeStruct((1,), jnp.int32)
-        with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=_H100)):
-            traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*arrays, offset)
-            lowered = traced.lower(lowering_platforms=("cuda",))
-        return dict(zip(KERNELS, kernels_of(lowered), strict=True))
+        lowered = _lower(jax.grad(loss, argnums=(0, 1, 2)), *arrays, offset)
+        return dict(zip(self.names, kernels_of(lowered), strict=True))
 
 
-def cases(compute_capability: int) -> Iterator[Case]:
-    """Every tile that the heuristic picks, and each variant at its commonest ones."""
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """Kinds of decoding: new tokens a sequence, from which cache, by which pattern."""
+
+    new: int = 1
+    kind: type[s2_jax.ContiguousCache] | type[s2_jax.EvictingCache] = s2_jax.EvictingCache
+    pattern: Callable[[int, bool], s2_jax.Pattern] = _few_runs
+    soft_cap: float | None = None
+
+
+STEPS = {
+    "decode pages": Step(),
+    "decode rows": Step(kind=s2_jax.ContiguousCache),
+    "decode 8 tokens": Step(new=8),  # 32 rows a program, not 16
+    "decode window": Step(pattern=_window, soft_cap=30.0),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeCase:
+    """A kind of decoding, for one GPU generation; one kernel."""
+
+    variant: str
+    dtype: str
+    head_dim: int
+    block_size: int
+    capability: int
+
+    names = ("decode",)
+    _group = 4
+
+    def tile(self, kernel: str) -> Tile:
+        rows = 16 if STEPS[self.variant].new * self._group <= 16 else 32
+        itemsize, dims = jnp.dtype(self.dtype).itemsize, 2 * padded_dim(self.head_dim)
+        cut = pick_tile(itemsize, dims, self.capability)
+        return Tile(rows, cut.keys, cut.num_warps, cut.num_stages)
+
+    def wants_wgmma(self, kernel: str) -> bool:
+        return False
+
+    @functools.cached_property
+    def kernels(self) -> dict[str, KernelIR]:
+        step, heads = STEPS[self.variant], _KV_HEADS * self._group
+        cache = jax.eval_shape(
+            lambda: step.kind.create(
+                step.pattern(self.block_size, True), batch=2, max_length=4000, num_heads=heads,
+                num_kv_heads=_KV_HEADS, head_dim=self.head_dim, dtype=self.dtype,
+            )
+        )  # fmt: skip
+        arrays = [
+            jax.ShapeDtypeStruct((2, step.new, count, self.head_dim), self.dtype)
+            for count in (heads, _KV_HEADS, _KV_HEADS)
+        ]
+        decode = functools.partial(
+            s2_jax.cached_attention, implementation="triton", logits_soft_cap=step.soft_cap
+        )
+        lowered = _lower(decode, *arrays, cache, capability=self.capability)
+        return dict(zip(self.names, kernels_of(lowered), strict=True))
+
+
+# Of every block size, head dim and dtype one, and each kind of step.
+_DECODED = (
+    *(("decode pages", "bfloat16", 128, block_size) for block_size in BLOCK_SIZES),
+    *(("decode pages", "bfloat16", head_dim, 64) for head_dim in (64, 80, 256)),
+    ("decode pages", "float16", 128, 64),
+    ("decode pages", "float32", 128, 64),
+    ("decode 8 tokens", "float32", 256, 16),
+    ("decode rows", "bfloat16", 128, 16),
+    ("decode rows", "bfloat16", 128, 64),
+    ("decode 8 tokens", "bfloat16", 256, 64),
+    ("decode window", "bfloat16", 128, 64),
+)
+
+
+def cases(compute_capability: int) -> Iterator[Case | DecodeCase]:
+    """Every tile that the heuristic picks, each variant at its commonest ones, and decoding."""
+    for what in _DECODED:
+        yield DecodeCase(*what, capability=compute_capability)
     seen = set()
     everything = itertools.product(
         ("bfloat16", "float32", "float16"), HEAD_DIMS, BLOCK_SIZES, (_SHORT, _LONG), VARIANTS

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 import tyro
 
-from benchmarks.resource_cases import KERNELS, Case, cases
+from benchmarks.resource_cases import Case, DecodeCase, cases
 from pallas_kernels.official import Resources, measure
 from pallas_kernels.tiles import Tile
 
@@ -46,7 +46,7 @@ class Options:
     capabilities: tuple[int, ...] = tuple(SHARED_LIMITS)
 
 
-def faults(case: Case, kernel: str, capability: int, needs: Resources) -> list[str]:
+def faults(case: Case | DecodeCase, kernel: str, capability: int, needs: Resources) -> list[str]:
     """What is wrong with a kernel, in words; nothing where it fits."""
     found = []
     measured = (capability, kernel, case.tile(kernel)) in MEASURED_FASTER
@@ -60,22 +60,22 @@ def faults(case: Case, kernel: str, capability: int, needs: Resources) -> list[s
     return found
 
 
-def rows(capability: int) -> Iterator[tuple[Case, str, Resources]]:
+def rows(capability: int) -> Iterator[tuple[Case | DecodeCase, str, Resources]]:
     """Each distinct kernel once: several cases share one."""
     seen = set()
     for case in cases(capability):
-        for kernel in KERNELS:
+        for kernel in case.names:
             ir = case.kernels[kernel]
             if ir not in seen:
                 seen.add(ir)
                 yield case, kernel, measure(ir, capability)
 
 
-def format_row(case: Case, kernel: str, capability: int, needs: Resources) -> str:
+def format_row(case: Case | DecodeCase, kernel: str, capability: int, needs: Resources) -> str:
     tile = "{}x{} {}w {}s".format(*dataclasses.astuple(case.tile(kernel))[:4])
     verdict = "; ".join(faults(case, kernel, capability, needs)) or "fits"
     return (
-        f"{capability:>5} {case.variant:<14} {case.dtype:<9} {case.head_dim:>4} "
+        f"{capability:>5} {case.variant:<15} {case.dtype:<9} {case.head_dim:>4} "
         f"{case.block_size:>5} {kernel:<8} {tile:<14} {needs.registers:>9} {needs.spill_bytes:>6} "
         f"{needs.shared_bytes / 1024:>9.1f} {'yes' if needs.wgmma else 'no':>5}  {verdict}"
     )
@@ -83,7 +83,7 @@ def format_row(case: Case, kernel: str, capability: int, needs: Resources) -> st
 
 def main(options: Options) -> None:
     print(
-        f"{'sm':>5} {'call':<14} {'dtype':<9} {'dim':>4} {'block':>5} {'kernel':<8} "
+        f"{'sm':>5} {'call':<15} {'dtype':<9} {'dim':>4} {'block':>5} {'kernel':<8} "
         f"{'tile':<14} {'registers':>9} {'spill':>6} {'shared KB':>9} {'wgmma':>5}"
     )
     failed = False

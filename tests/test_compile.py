@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.resource_cases import KERNELS, cases
+from benchmarks.resource_cases import cases
 from benchmarks.resources import SHARED_LIMITS, faults
 from pallas_kernels.official import measure
 
@@ -15,7 +15,7 @@ def picks():
         mark = pytest.mark.compile if capability in ALWAYS else pytest.mark.compile_full
         for case in cases(capability):
             name = f"sm{capability}-{case.variant}-{case.dtype}-{case.head_dim}-{case.block_size}"
-            tiles = (case.tile(kernel) for kernel in KERNELS)
+            tiles = (case.tile(kernel) for kernel in case.names)
             sizes = "-".join(f"{tile.block_q}x{tile.block_kv}" for tile in tiles)
             yield pytest.param(case, capability, marks=mark, id=f"{name}-{sizes}")
 
@@ -25,6 +25,6 @@ def test_every_pick_fits(case, capability):
     """No spilled registers, shared memory within the GPU's limit, Hopper's products on Hopper."""
     found = {
         kernel: faults(case, kernel, capability, measure(case.kernels[kernel], capability))
-        for kernel in KERNELS
+        for kernel in case.names
     }
     assert not any(found.values()), found
