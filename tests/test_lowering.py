@@ -9,6 +9,9 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import s2_jax
 from pallas_kernels.tiles import TileConfig, pick_tiles
+from tests.decoding import CACHES, make_cache
+from tests.test_cached_attention import FEATURES as DECODED
+from tests.test_cached_attention import PATTERNS
 from tests.test_masks import CALLS as MASKED
 
 KERNELS = ("s2_attention_forward", "s2_attention_dq", "s2_attention_dkv")
@@ -164,3 +167,47 @@ def test_every_feature_lowers(call):
         traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(*arrays, offset, masks)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert all(kernel in text for kernel in KERNELS)
+
+
+def decoding(call, kind, new, implementation=None):
+    """A step of a sequence traced for an H100."""
+    cache = jax.eval_shape(lambda: make_cache(kind, call))
+    query, key, value = (
+        jax.ShapeDtypeStruct((1, new, *call.inputs()[name].shape[2:]), call.dtype)
+        for name in ("query", "key", "value")
+    )
+
+    def step(query, key, value, cache):
+        return s2_jax.cached_attention(
+            query, key, value, cache, scale=call.scale, logits_soft_cap=call.soft_cap,
+            implementation=implementation,
+        )  # fmt: skip
+
+    with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=H100)):
+        return jax.jit(step).trace(query, key, value, cache)
+
+
+@pytest.mark.parametrize("kind", CACHES)
+@pytest.mark.parametrize("call", [*PATTERNS.values(), *DECODED.values()], ids=[*PATTERNS, *DECODED])
+def test_decoding_lowers(call, kind):
+    """What test_cached_attention.py interprets is lowered for CUDA too, for either cache."""
+    traced = decoding(call, kind, new=5, implementation="triton")
+    assert "s2_attention_decode" in traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_a_chunk_takes_the_kernels_for_long_rows(kind):
+    traced = decoding(PATTERNS["window"], kind, new=17)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "s2_attention_forward" in text
+    assert "s2_attention_decode" not in text
+
+
+@pytest.mark.parametrize("kind", CACHES)
+def test_the_platform_decides_how_to_decode(kind):
+    """One trace, two programs; the reference does not come along where the kernel does."""
+    traced = decoding(PATTERNS["window"], kind, new=1)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "s2_attention_decode" in text
+    assert "stablehlo.dot_general" not in text
+    assert "s2_attention_decode" not in traced.lower(lowering_platforms=("cpu",)).as_text()
