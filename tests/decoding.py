@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -53,13 +53,15 @@ def feed(
     *,
     first: bool = False,
     poison: bool = True,
+    place: Callable[[np.ndarray], Any] = np.asarray,
     **changes: np.ndarray,
 ) -> tuple[np.ndarray, Any]:
     """The tokens of a call go on from where the cache is; all outputs, and the cache then.
 
     pieces: how many come at a time, in each sequence or in all. first: with the first piece, what
     the cache held is dropped. poison: there is NaN in the padding of pieces and, before each, in
-    all of the cache that no later query sees. changes: of inputs. What did not come gives zeros.
+    all of the cache that no later query sees. place: makes what a call takes of NumPy's arrays.
+    changes: of inputs. What did not come gives zeros.
     """
     inputs = {name: (call.inputs() | changes)[name] for name in ("query", "key", "value")}
     out = np.zeros((*inputs["query"].shape[:3], inputs["value"].shape[3]), call.dtype)
@@ -74,9 +76,9 @@ def feed(
             for row, (start, count) in enumerate(zip(at, counts)):
                 padded[row, :count] = array[row, start : start + count]
             tokens.append(padded.astype(call.dtype))
-        cache = poisoned(cache) if poison else cache
+        cache = jax.tree.map(place, poisoned(cache)) if poison else cache
         run = program(call.scale, call.soft_cap, implementation, first and number == 0)
-        found, cache = run(*tokens, cache, counts)
+        found, cache = run(*map(place, tokens), cache, place(counts))
         found = np.asarray(found)
         for row, (start, count) in enumerate(zip(at, counts)):
             out[row, start : start + count] = found[row, :count]

@@ -25,11 +25,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.sanitize_calls import CALLS, PLANTED_FAULT
+from tests.sanitize_calls import CALLS, DECODED, PLANTED_FAULT
 
 TOOLS = ("memcheck", "racecheck", "synccheck")  # initcheck may need to see every kernel
 LAUNCHERS = ("triton", "jax_triton")
 GOOD = ("clean", "found")
+NAMES = (*CALLS, *DECODED)
 _ROOT = Path(__file__).resolve().parents[1]
 _EXCERPT_LINES = 12
 _SUMMARY = {tool: "ERROR SUMMARY: 0 errors" for tool in TOOLS} | {
@@ -128,20 +129,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("names", nargs="*", help=f"of {', '.join(CALLS)}; all by default")
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(NAMES)}; all by default")
     parser.add_argument("--tools", nargs="+", choices=TOOLS, default=["memcheck", "racecheck"])
     parser.add_argument("--launchers", nargs="+", choices=LAUNCHERS, default=list(LAUNCHERS))
     parser.add_argument("--timeout", type=float, default=90, help="seconds for one call")
     parser.add_argument("--workers", type=int, default=6, help="calls at a time")
     found = parser.parse_args(arguments)
-    if unknown := [name for name in found.names if name not in CALLS]:
-        parser.error(f"no call is named {', '.join(unknown)}; there are {', '.join(CALLS)}")
+    if unknown := [name for name in found.names if name not in NAMES]:
+        parser.error(f"no call is named {', '.join(unknown)}; there are {', '.join(NAMES)}")
     return found
 
 
 def make_jobs(options: argparse.Namespace) -> list[Job]:
     planted = [("memcheck", launcher, PLANTED_FAULT) for launcher in options.launchers]
-    named = itertools.product(options.tools, options.launchers, options.names or CALLS)
+    named = itertools.product(options.tools, options.launchers, options.names or NAMES)
     return [
         Job(*what, port=49152 + 16 * place, timeout=options.timeout)
         for place, what in enumerate([*planted, *named])

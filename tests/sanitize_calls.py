@@ -1,8 +1,8 @@
 """Small calls for NVIDIA's checkers to watch: `python -m tests.sanitize_calls NAME IMPLEMENTATION`.
 
-Forward and backward of one call, in this process. `tests/sanitize.py` runs them all. The inputs
-lie in allocations of PyTorch's, one each: JAX takes memory from the driver in large pieces, inside
-which no checker sees where an array ends.
+Forward and backward of one call, or steps of decoding, in this process. `tests/sanitize.py` runs
+them all. The inputs lie in allocations of PyTorch's, one each: JAX takes memory from the driver in
+large pieces, inside which no checker sees where an array ends.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import s2_jax
 from pallas_kernels.lowering import call_kernel
 from s2_jax import Tile, TileConfig
 from tests.calls import RESULTS, AttentionCall
+from tests.decoding import feed, make_cache
 
 PLANTED_FAULT = "planted-fault"
 _S2_16 = s2_jax.local_stride(2, 3, block_size=16)
@@ -61,6 +62,11 @@ CALLS = {
     "float32": _call(length=101, tiles=None, dtype="float32"),
     "large-scores": _call(_S2_64, 301, None, head_dim=64, scale=30.0),
 }
+# Several blocks of 16 a turn, some of which there are not; 32 rows a program, padded values.
+DECODED = {
+    "decode-pages": ("evicting", _call(heads=6, kv_heads=2, batch=2)),
+    "decode-rows": ("contiguous", _call(_S2_64, head_dim=80, value_dim=40, heads=37)),
+}
 
 
 def read_past_the_end(implementation: str) -> jax.Array:
@@ -98,6 +104,11 @@ def main() -> None:
     name, implementation = sys.argv[1:]
     if name == PLANTED_FAULT:
         read_past_the_end(implementation).block_until_ready()
+    elif name in DECODED:
+        kind, call = DECODED[name]
+        cache = jax.tree.map(apart, make_cache(kind, call))
+        out, cache = feed(call, cache, [16, 1, 16, 7, 16], implementation, place=apart)
+        assert np.isfinite(out.astype(np.float32)).all()
     else:
         got = CALLS[name].run(implementation, apart)
         assert all(np.isfinite(got[x].astype(np.float32)).all() for x in RESULTS if x != "lse")

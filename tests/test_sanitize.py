@@ -3,7 +3,7 @@
 import pytest
 
 from tests import sanitize
-from tests.sanitize_calls import CALLS, PLANTED_FAULT
+from tests.sanitize_calls import PLANTED_FAULT
 
 # Its last two arguments are the call and the launcher; each call has its own end here.
 FAKE = r"""#!/bin/sh
@@ -81,7 +81,7 @@ def test_arguments():
     options = sanitize.parse([])
     jobs = sanitize.make_jobs(options)
     assert [job.name for job in jobs[:2]] == [PLANTED_FAULT] * 2
-    assert len(jobs) == 2 + 2 * 2 * len(CALLS)
+    assert len(jobs) == 2 + 2 * 2 * len(sanitize.NAMES)
     assert all(job.timeout == 90 for job in jobs)
     assert options.workers == 6
     with pytest.raises(SystemExit):
