@@ -12,6 +12,7 @@ from jaxtyping import Array, Int
 
 from models.config import ModelConfig
 from s2_jax import ContiguousCache, EvictingCache, Pattern
+from s2_jax.structure import at_least_one
 
 Kind = Literal["evicting", "contiguous"]
 LayerCache = ContiguousCache | EvictingCache
@@ -54,8 +55,13 @@ class ModelCache:
             default every sequence has as many as it can need.
 
         Raises:
-          ValueError: numbers that are not positive, or too small for a pattern.
+          ValueError, TypeError: numbers that are not positive integers, or too large for a
+            pattern; an unknown kind.
         """
+        if kind not in ("evicting", "contiguous"):
+            raise ValueError(f"{kind=} must be evicting or contiguous")
+        at_least_one("batch", batch)
+        at_least_one("max_length", max_length)
         kinds: dict[tuple[type, Pattern], int] = {}
         layers: list[LayerCache] = []
         tables: list[Any] = []

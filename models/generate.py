@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 import time
 from pathlib import Path
@@ -24,7 +25,8 @@ class Options:
     checkpoint: Path
     """Folder of a run of `python -m train`, or of a Hugging Face checkpoint."""
     prompt: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """A text to go on from; may be given several times. Read from standard input if left out."""
+    """A text to go on from, printed with what follows as that comes; several are printed at the
+    end. Read from standard input if left out."""
     max_tokens: int = 256
     """Most tokens to write after each."""
     sampling: Sampling = _SAMPLING
@@ -36,18 +38,27 @@ class Options:
     seed: int = 0
     """Of the random numbers."""
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"seed={self.seed!r} must be from 0 to below 2**32")
+
 
 class _Stream:
-    """Prints a text as its tokens come, and never half of a character."""
+    """Prints a prompt and the text after it as its tokens come, and never half of a character."""
 
-    def __init__(self, text: Text) -> None:
+    def __init__(self, text: Text, prompt: str) -> None:
         self._text = text
+        self._prompt = prompt
         self._tokens: list[int] = []
-        self._shown = 0
+        self._before = text.encode(prompt)
+        self._shown: int | None = None
 
     def add(self, tokens: list[int], *, last: bool = False) -> None:
+        if self._shown is None:
+            print(self._prompt, end="")
+            self._shown = 0
         self._tokens += tokens
-        written = self._text.decode(self._tokens)
+        written = self._text.decode_after(self._before, self._tokens)
         while not last and written.endswith("\ufffd"):
             written = written[:-1]
         print(written[self._shown :], end="", flush=True)
@@ -57,10 +68,15 @@ class _Stream:
 def run(options: Options) -> None:
     """Raises ValueError where the checkpoint or the options do not allow it."""
     saved = load_model(options.checkpoint)
-    texts = options.prompt or (sys.stdin.read(),)
+    texts = options.prompt or (_standard_input(),)
+    if not all(texts):
+        raise ValueError("the prompt is empty: give the model something to go on from")
     prompts = [saved.text.encode(text) for text in texts]
-    generator = Generator(saved.config, saved.model, options.generator)
-    stream = _Stream(saved.text)
+    # A row costs memory and time, used or not.
+    rows = min(options.generator.rows, len(texts))
+    settings = dataclasses.replace(options.generator, rows=rows)
+    generator = Generator(saved.config, saved.model, settings)
+    stream = _Stream(saved.text, texts[0])
     alone, started = len(texts) == 1, time.perf_counter()
     first: list[float] = []
 
@@ -69,8 +85,6 @@ def run(options: Options) -> None:
         if alone:
             stream.add(tokens)
 
-    if alone:
-        print(texts[0], end="", flush=True)
     results = generator.generate(
         prompts,
         max_tokens=options.max_tokens,
@@ -84,8 +98,8 @@ def run(options: Options) -> None:
         stream.add([], last=True)
         print()
     else:
-        for text, result in zip(texts, results, strict=True):
-            print(f"{text}{saved.text.decode(result.tokens)}\n{'-' * 40}")
+        for text, prompt, result in zip(texts, prompts, results, strict=True):
+            print(f"{text}{saved.text.decode_after(prompt, result.tokens)}\n{'-' * 40}")
     written = sum(len(result.tokens) for result in results)
     print(
         f"{written} tokens in {seconds:.2f} s, the first after {first[0] - started:.2f} s "
@@ -94,11 +108,23 @@ def run(options: Options) -> None:
     )
 
 
-def main() -> None:
-    options = tyro.cli(Options, prog="python -m models.generate", description=Options.__doc__)
+def _standard_input() -> str:
     try:
-        run(options)
-    except (ValueError, OSError) as error:
+        return sys.stdin.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"standard input is not UTF-8: {error}") from None
+
+
+def main() -> None:
+    try:
+        run(tyro.cli(Options, prog="python -m models.generate", description=Options.__doc__))
+    except KeyboardInterrupt:
+        print()
+        sys.exit(130)
+    except BrokenPipeError:  # whoever read the text has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except (ValueError, OSError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 

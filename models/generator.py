@@ -21,6 +21,12 @@ from models.transformer import Transformer
 
 OnTokens = Callable[[int, list[int]], object]
 _SMALLEST_CHUNK = 16
+_NO_TOKEN = -2
+
+
+def _check_integer(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name}={value!r} must be an integer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,14 +50,18 @@ class GeneratorConfig:
     pages: int | None = None
     """Pages of each evicting layer, for all rows; by default every row has all it can need."""
     chunk: int | None = None
-    """Tokens of a prompt that are taken in at a time; by default all."""
+    """Tokens of a prompt that are taken in at a time; by default all. A later chunk lays the cache
+    out for all of max_length, a layer at a time."""
     steps: int = 16
     """Tokens that are decoded before any are looked at."""
 
     def __post_init__(self) -> None:
         for name in ("max_length", "rows", "pages", "chunk", "steps"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is None:
+                continue
+            _check_integer(name, value)
+            if value < 1:
                 raise ValueError(f"{name}={value!r} must be positive")
         if self.cache not in ("evicting", "contiguous"):
             raise ValueError(f"cache={self.cache!r} must be evicting or contiguous")
@@ -91,11 +101,17 @@ class Generator:
     ) -> None:
         self.config = config
         self.settings = settings or GeneratorConfig()
+        if (vocabulary := model.embed.shape[0]) != config.vocab_size:
+            raise ValueError(
+                f"vocab_size={config.vocab_size} is not that of the model, {vocabulary}"
+            )
         self._graphdef, params = nnx.split(model, nnx.Param)
         # Layers would cast their matrices in every step, and read twice as much.
         dtype = jnp.dtype(config.dtype)
         self._params = jax.tree.map(lambda x: x.astype(dtype) if x.ndim > 1 else x, params)
         self._shapes = jax.eval_shape(lambda: self._make_cache(1))
+        if self.settings.pages and not self._shapes.slots:
+            raise ValueError(f"pages={self.settings.pages}, but no layer evicts anything")
         self.pages = self.settings.pages or self.settings.rows * self._shapes.slots
 
     def generate(
@@ -121,6 +137,7 @@ class Generator:
           ValueError, TypeError: an empty prompt, a token out of range, a sequence longer than
             `max_length`, or one that needs more pages than there are; all before anything is
             computed.
+          FloatingPointError: the model gives NaN.
         """
         requests = self._checked(prompts, max_tokens, stop)
         batch = _Batch(self, requests, max_tokens, sampling or Sampling(), stop, seed, on_tokens)
@@ -151,8 +168,11 @@ class Generator:
         self, prompts: Sequence[Sequence[int]], max_tokens: int, stop: Sequence[int]
     ) -> list[_Request]:
         vocab, longest = self.config.vocab_size, self.settings.max_length
+        _check_integer("max_tokens", max_tokens)
         if max_tokens < 1:
             raise ValueError(f"{max_tokens=} must be positive")
+        for token in stop:
+            _check_integer("stop", token)
         if not all(0 <= token < vocab for token in stop):
             raise ValueError(f"stop={list(stop)} must be tokens from 0 to below {vocab}")
         requests = []
@@ -265,7 +285,7 @@ class _Batch:
                 self._cache, row, request, self._sampling, self._key
             )
             self.running[row] = request
-            left = 0 if token in self._stop else self._max_tokens - 1
+            left = 0 if token in self._stop or token == _NO_TOKEN else self._max_tokens - 1
             self._rows = Rows(
                 self._rows.token.at[row].set(token),
                 self._rows.left.at[row].set(left),
@@ -280,10 +300,15 @@ class _Batch:
         left = np.asarray(self._rows.left)
         for row in list(self.running):
             new = produced[:, row]
-            self._add(row, new[new >= 0].tolist(), left[row])
+            self._add(row, new[new != -1].tolist(), left[row])
 
     def _add(self, row: int, tokens: list[int], left: int) -> None:
         request = self.running[row]
+        if _NO_TOKEN in tokens:
+            raise FloatingPointError(
+                f"the model's logits are NaN after {len(request.tokens)} tokens of prompt "
+                f"{request.number}"
+            )
         request.tokens += tokens
         self._tell(request.number, tokens)
         if not left:
@@ -356,7 +381,7 @@ def decode_steps(
         active = rows.left > 0
         x, cache = model.extend(rows.token[:, None], cache, lengths=active.astype(jnp.int32))
         token = _draw(key, rows.request, cache.length, model.logits(x)[:, 0], sampling)
-        ended = jnp.any(token[:, None] == stops[None], axis=1)
+        ended = jnp.any(token[:, None] == stops[None], axis=1) | (token == _NO_TOKEN)
         left = jnp.where(active & ~ended, rows.left - 1, 0)
         produced = produced.at[step].set(jnp.where(active, token, -1))
         return step + 1, produced, Rows(token, left, rows.request), cache
@@ -369,7 +394,9 @@ def decode_steps(
 
 
 def _draw(key: Array, request: Array, position: Array, logits: Array, sampling: Sampling) -> Array:
-    """The next token of every row, from random numbers of its request and its position."""
+    """The next token of every row, from random numbers of its request and its position; -2 where
+    the logits are no numbers.
+    """
     of_request = jax.vmap(jax.random.fold_in, (None, 0))(key, request)
     keys = jax.vmap(jax.random.fold_in)(of_request, position)
-    return sampling.draw(keys, logits)
+    return jnp.where(jnp.isnan(logits).any(axis=-1), _NO_TOKEN, sampling.draw(keys, logits))

@@ -22,8 +22,10 @@ class Sampling:
     """Only the likeliest tokens that together have this probability: at least one."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature!r} must be 0 or more")
+        if not (self.temperature == 0 or 1e-6 <= self.temperature < math.inf):
+            raise ValueError(f"temperature={self.temperature!r} must be 0, or 1e-6 or more")
+        if self.top_k is not None and not isinstance(self.top_k, int):
+            raise TypeError(f"top_k={self.top_k!r} must be an integer")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k!r} must be positive")
         if not 0 < self.top_p <= 1:

@@ -36,6 +36,10 @@ class Text:
             return ByteTokenizer().encode([text])[0].tolist()
         return self._tokenizer.encode(text).ids
 
+    def decode_after(self, before: list[int], tokens: list[int]) -> str:
+        """The text of tokens that follow others: by themselves they may lose a space."""
+        return self.decode([*before, *tokens])[len(self.decode(before)) :]
+
     def decode(self, tokens: list[int]) -> str:
         """Without special tokens; bytes that are not UTF-8 become the replacement character."""
         if self._tokenizer is None:
@@ -59,14 +63,22 @@ def load_model(folder: Path) -> SavedModel:
     Raises:
         ValueError: the folder holds neither, or something in it is missing or broken.
     """
+    if not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{folder} holds no config.json: it must be the folder of a run of `python -m train`, "
+            "or of a Hugging Face checkpoint"
+        )
     settings = read_json(folder / "config.json")
-    if isinstance(settings.get("model"), dict):
-        config, model = _from_run(folder, settings["model"])
-    elif "model_type" in settings:
-        config, model = load_pretrained(folder, param_dtype="bfloat16")
-    else:
+    is_run = isinstance(settings.get("model"), dict)
+    if not is_run and "model_type" not in settings:
         raise ValueError(f"{folder / 'config.json'} is neither of a run nor of a model")
-    return SavedModel(config, model, _load_text(folder, config, settings))
+    values = settings["model"] if is_run else settings
+    text = _load_text(folder, values.get("vocab_size"), settings, is_run)
+    if is_run:
+        config, model = _from_run(folder, values)
+    else:
+        config, model = load_pretrained(folder, param_dtype="bfloat16")
+    return SavedModel(config, model, text)
 
 
 def _from_run(folder: Path, values: dict[str, Any]) -> tuple[ModelConfig, Transformer]:
@@ -93,7 +105,7 @@ def _from_run(folder: Path, values: dict[str, Any]) -> tuple[ModelConfig, Transf
     checkpoints = folder / "checkpoints"
     if not checkpoints.is_dir():
         raise ValueError(f"{folder} holds no checkpoints")
-    problems = []
+    problems, level = [], logging.root.manager.disable
     with ocp.CheckpointManager(checkpoints.resolve()) as manager:
         for step in sorted(manager.all_steps(), reverse=True):
             try:
@@ -101,17 +113,18 @@ def _from_run(folder: Path, values: dict[str, Any]) -> tuple[ModelConfig, Transf
                 restored = manager.restore(step, args=args)
                 return config, nnx.merge(graphdef, restored.state["params"])
             except Exception as error:  # damage may show in any way
-                problems.append(f"{step} ({str(error).splitlines()[0][:100]})")
+                why = f"{type(error).__name__}: {error}".splitlines()[0][:100]
+                problems.append(f"{step} ({why})")
             finally:
-                logging.disable(logging.NOTSET)
-    found = f", damaged: {'; '.join(problems)}" if problems else ""
-    raise ValueError(f"no whole checkpoint is in {checkpoints}{found}")
+                logging.disable(level)
+    found = f", these cannot be read: {'; '.join(problems)}" if problems else ""
+    raise ValueError(f"{checkpoints} holds no whole checkpoint of this model{found}")
 
 
-def _load_text(folder: Path, config: ModelConfig, settings: dict[str, Any]) -> Text:
+def _load_text(folder: Path, vocab_size: Any, settings: dict[str, Any], is_run: bool) -> Text:
     path = folder / TOKENIZER
     if not path.is_file():
-        if config.vocab_size != NUM_BYTES:
+        if vocab_size != NUM_BYTES:
             raise ValueError(f"{folder} holds no {TOKENIZER}, and tokens are not bytes")
         return Text(None, (ByteTokenizer().end_token,))
     try:
@@ -120,6 +133,8 @@ def _load_text(folder: Path, config: ModelConfig, settings: dict[str, Any]) -> T
         raise ValueError(f"{path} is not a tokenizer.json ({error})") from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
+    # As in training: a text that spells the end token out does not end there.
+    tokenizer.encode_special_tokens = is_run
     return Text(tokenizer, _end_tokens(folder, tokenizer, settings))
 
 

@@ -167,8 +167,10 @@ class Transformer(nnx.Module):
           first: the sequences begin with these tokens, and what the cache held is dropped.
 
         Raises:
-          ValueError: the cache of another model.
+          ValueError, TypeError: the cache of another model, or something else.
         """
+        if not isinstance(cache, ModelCache):
+            raise TypeError(f"cache must be a ModelCache, got {type(cache).__name__}")
         if len(cache.layers) != len(self.blocks):
             raise ValueError(
                 f"the cache is one of {len(cache.layers)} layers, the model has {len(self.blocks)}"

@@ -90,7 +90,11 @@ def check_new(cache: Any, query: jax.Array, key: jax.Array, value: jax.Array, sh
 
 
 def check_cache_of(cache: Any, pattern: Pattern, num_heads: int, num_kv_heads: int) -> None:
-    """Raises ValueError where a cache was made for another pattern or other heads."""
+    """Raises TypeError or ValueError where a cache is none, or for another pattern or heads."""
+    if not hasattr(cache, "pattern"):
+        raise TypeError(
+            f"cache must be a ContiguousCache or an EvictingCache, got {type(cache).__name__}"
+        )
     for name, mine in (
         ("pattern", pattern),
         ("num_heads", num_heads),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode import DecodeSettings
@@ -45,6 +47,8 @@ def cached_attention(
 
     One call serves the whole of a prompt, a chunk of it, and one or a few tokens at a time. The
     results are those of one call of `s2_attention` over the whole sequence. There are no gradients.
+    Up to 16 new tokens are decoded, at a cost that depends on what their heads see. More of them,
+    where the sequences have begun before, lay the cache out for all of `max_length` first.
 
     Args:
       query, key, value: of the new tokens, which stand at positions `cache.length + arange(new)`;
@@ -52,7 +56,7 @@ def cached_attention(
       cache: a `ContiguousCache` or an `EvictingCache`. It is not changed; donate it under `jit`, so
         that the new one takes its memory.
       lengths: int32 `[batch]`, how many of the new tokens count in each sequence (the leading ones;
-        the others give zeros); by default all.
+        the others give zeros); by default all. Traced ones are clipped to what there is.
       first: the sequences begin with these tokens, and what the cache held is dropped: the prompt
         is attended to directly, which is faster than to an empty cache.
       scale, logits_soft_cap, implementation: as for `s2_attention`.
@@ -60,7 +64,7 @@ def cached_attention(
 
     Returns:
       Output `[batch, new, heads, value_dim]` and the new cache. Tokens past `cache.max_length`, or
-      past the pages that the sequence has, are not kept, and those past max_length give NaN.
+      past the length that the pages of the sequence are enough for, are not kept and give NaN.
 
     Raises:
       ValueError, TypeError: what does not fit the cache, named, before anything is compiled.
@@ -94,9 +98,11 @@ def cached_attention(
     if choose(call, implementation) == "reference":
         implementation = "reference"
     before = cache.emptied() if first else cache
-    padded = lengths  # None where nothing is: kernels need no masks for it then
-    if lengths is None:
-        lengths = jnp.full(cache.length.shape, new, jnp.int32)
+    padded = None if lengths is None else jnp.clip(lengths, 0, new)  # None needs no masks
+    lengths = jnp.full(cache.length.shape, new, jnp.int32) if padded is None else padded
+    arrays = _undifferentiable(call.query, call.key, call.value, cache.key, cache.value)
+    call = dataclasses.replace(call, query=arrays[0], key=arrays[1], value=arrays[2])
+    before = dataclasses.replace(before, key=arrays[3], value=arrays[4])
     kv_heads = jnp.arange(call.key.shape[2], dtype=jnp.int32)
     if head_axis is not None:
         kv_heads += lax.axis_index(head_axis).astype(jnp.int32) * kv_heads.size
@@ -126,8 +132,18 @@ def cached_attention(
             key_value_seq_lengths=jnp.minimum(start + lengths, cache.max_length),
             implementation=later,
         )
-    beyond = counts & (position >= cache.max_length)
+    beyond = counts & before.has_no_room(position)
     return jnp.where(beyond[..., None, None], jnp.nan, out), cast(Cache, grown)
+
+
+@jax.custom_jvp
+def _undifferentiable(*arrays: Array) -> tuple[Array, ...]:
+    return arrays
+
+
+@_undifferentiable.defjvp
+def _(*_: Any) -> Any:
+    raise NotImplementedError("cached_attention has no gradients; s2_attention has")
 
 
 def _decode(
@@ -143,7 +159,8 @@ def _decode(
     )
     # Kernels want a positive scale, under which the largest raw score stays the largest.
     query = call.query if call.scale > 0 else call.query * (-1 if call.scale else 0)
-    kernel = functools.partial(decode_over_mesh, settings)
+    # Mapped by vmap, the kernel runs for one entry after the other.
+    kernel: Any = sequential_vmap(functools.partial(decode_over_mesh, settings))
     reference = functools.partial(reference_decode, settings)
     if implementation == "reference":
         kernel = reference

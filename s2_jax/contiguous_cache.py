@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.decode import DecodeLists
 from s2_jax.cache_checks import check_cache
@@ -21,7 +21,7 @@ from s2_jax.patterns import Pattern
     data_fields=["key", "value", "length"],
     meta_fields=["pattern", "num_heads", "num_kv_heads", "max_length"],
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class ContiguousCache:
     """Keys and values of all tokens, for dense attention or any other causal pattern.
 
@@ -136,6 +136,10 @@ class ContiguousCache:
         """Keys and values of all tokens, the new ones too, by position."""
         both = self.append(key, value, lengths, kv_heads)
         return both.key, both.value
+
+    def has_no_room(self, position: Int[Array, "batch new"]) -> Bool[Array, "batch new"]:
+        """Whether tokens at these positions cannot be kept."""
+        return position >= self.max_length
 
     def row(self, index: Any) -> Self:
         """The sequence `index` alone, possibly traced, as a cache of batch 1."""

@@ -9,7 +9,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.decode import DecodeLists
 from s2_jax.cache_checks import check_cache
@@ -24,7 +24,7 @@ from s2_jax.structure import at_least_one
 @functools.partial(
     jax.tree_util.register_dataclass, data_fields=["page", "block", "length"], meta_fields=[]
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class PageTable:
     """Which page a slot of a sequence is, and which block it holds.
 
@@ -43,7 +43,7 @@ class PageTable:
     data_fields=["key", "value", "table"],
     meta_fields=["pattern", "num_heads", "num_kv_heads", "max_length"],
 )
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class EvictingCache:
     """Keys and values that are still seen: about `local_blocks + length / vert_stride` blocks.
 
@@ -129,6 +129,9 @@ class EvictingCache:
         Raises:
           ValueError: the pattern is not causal, does not fit the heads, or is not KV-efficient.
         """
+        at_least_one("max_length", max_length)
+        if at_least_one("num_heads", num_heads) % at_least_one("num_kv_heads", num_kv_heads):
+            raise ValueError(f"{num_heads=} must be a multiple of {num_kv_heads=}")
         blocks = -(-max_length // pattern.block_size)
         return plan_pages(pattern, num_heads, num_kv_heads, blocks).slots
 
@@ -146,13 +149,26 @@ class EvictingCache:
         return int(self._plan.slots_by_block[blocks])
 
     def with_pages(self, index: Any, pages: Int[Array, " slots"]) -> Self:
-        """With an empty sequence `index`, possibly traced, that has these pages, padded by -1."""
+        """With an empty sequence `index`, possibly traced, that has these pages, padded by -1.
+
+        No other sequence may have any of them: that is for the caller to keep track of.
+
+        Raises:
+          ValueError, TypeError: pages of another shape or dtype; where they are known, one that
+            does not exist, or a sequence that does not.
+        """
         slots = self.table.page.shape[1]
         if not is_array(pages) or pages.dtype != jnp.int32:
             found = pages.dtype if is_array(pages) else type(pages).__name__
             raise TypeError(f"pages must be an int32 array, got {found}")
         if pages.shape != (slots,):
             raise ValueError(f"pages must have shape ({slots},), got {pages.shape}")
+        number, batch = self.key.shape[1], self.table.page.shape[0]
+        if not isinstance(pages, jax.core.Tracer) and np.asarray(pages).max(initial=0) >= number:
+            raise ValueError(f"pages must be below {number}, got {np.asarray(pages)}")
+        if isinstance(index, (int, np.integer)) and not 0 <= index < batch:
+            raise ValueError(f"{index=} must be a sequence from 0 to below {batch}")
+        pages = jnp.where((pages >= 0) & (pages < number), pages, -1)
         table = PageTable(
             self.table.page.at[index].set(pages),
             self.table.block.at[index].set(-1),
@@ -228,6 +244,13 @@ class EvictingCache:
             return write_rows(held, row, new)
 
         return by_position(self.key, key), by_position(self.value, value)
+
+    def has_no_room(self, position: Int[Array, "batch new"]) -> Bool[Array, "batch new"]:
+        """Whether tokens at these positions cannot be kept, for want of pages or altogether."""
+        plan, size = self._plan, self.pattern.block_size
+        begun = jnp.clip(position // size + 1, 0, plan.blocks)
+        pages = jnp.sum(self.table.page >= 0, axis=1, dtype=jnp.int32)[:, None]
+        return (position >= self.max_length) | (jnp.asarray(plan.slots_by_block)[begun] > pages)
 
     def row(self, index: Any) -> Self:
         """The sequence `index` alone, possibly traced, as a cache of batch 1 with all pages."""

@@ -239,7 +239,10 @@ class S2Attention(nnx.Module):
           ValueError, TypeError: a cache of another pattern or other heads, shapes that do not fit.
         """
         axis_size(self.head_axis)
+        boolean("first", first)
         check_input(x, None, 0, None, None, self.in_features)
+        if x.ndim != 3:
+            raise ValueError(f"x must be [batch, new, {self.in_features}], got shape {x.shape}")
         check_cache_of(cache, self.pattern, self.num_heads, self.num_kv_heads)
         start = 0 if first else cache.length
         query = self.project_query(x, start)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
 from flax import nnx
 
 from models import (
@@ -21,9 +22,9 @@ from models import (
     Transformer,
     load_pretrained,
 )
-from models.generate import Options
+from models.generate import Options, _Stream, main
 from models.generate import run as write_on
-from models.saved import load_model
+from models.saved import SavedModel, Text, load_model
 from tests.test_pretrained import DATA, ROOT
 from tests.test_train_loop import run, settings, write_text
 
@@ -203,6 +204,28 @@ def test_tokens_must_be_integers():
         generator().generate([[1.0]], max_tokens=1)
 
 
+def test_a_model_that_gives_nan_says_so():
+    model = make()
+    model.norm.scale[...] = jnp.full((CONFIG.width,), jnp.nan)
+    broken = Generator(CONFIG, model, GeneratorConfig(max_length=LONGEST))
+    with pytest.raises(FloatingPointError, match="NaN after 0 tokens of prompt 0"):
+        broken.generate([[1]], max_tokens=3)
+
+
+def test_a_generator_refuses_what_its_model_does_not_have():
+    with pytest.raises(ValueError, match="vocab_size=99 is not that of the model, 31"):
+        Generator(dataclasses.replace(CONFIG, vocab_size=99), make())
+    dense = dataclasses.replace(CONFIG, attention=HybridConfig(kind="dense"))
+    with pytest.raises(ValueError, match="pages=9, but no layer evicts"):
+        generator(dense, pages=9)
+    with pytest.raises(ValueError, match="kind='evict' must be evicting or contiguous"):
+        ModelCache.create(CONFIG, batch=1, max_length=9, kind="evict")
+    with pytest.raises(TypeError, match="max_tokens=True must be an integer"):
+        generator().generate([[1]], max_tokens=True)
+    with pytest.raises(TypeError, match="cache must be a ModelCache, got NoneType"):
+        make().extend(jnp.zeros((1, 1), jnp.int32), None)
+
+
 def test_no_prompts_give_no_results():
     assert generator().generate([], max_tokens=1) == []
 
@@ -277,6 +300,42 @@ def test_an_imported_checkpoint_generates(tmp_path):
         load_model(tmp_path / "llama")
 
 
+def test_a_space_after_the_prompt_is_not_lost():
+    """Decoders of Llama's kind strip the first space of what they are given."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "▁b": 1}, unk_token="a"))
+    tokenizer.decoder = tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace("▁", " "),
+            tokenizers.decoders.Fuse(),
+            tokenizers.decoders.Strip(" ", 1, 0),
+        ]
+    )
+    text = Text(tokenizer, ())
+    assert text.decode([1]) == "b"
+    assert text.decode_after([0], [1, 1]) == " b b"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompt", ""], "the prompt is empty"),
+        (["--seed", "-1"], "seed=-1 must be"),
+        (["--checkpoint", "nowhere"], "nowhere holds no config.json: it must be the folder"),
+    ],
+)
+def test_the_command_line_refuses(arguments, message, monkeypatch, capsys):
+    given = ["generate", "--checkpoint", str(DATA / "llama"), *arguments]
+    if "--prompt" in arguments:
+        monkeypatch.setattr(
+            "models.generate.load_model", lambda folder: SavedModel(CONFIG, make(), Text(None, ()))
+        )
+    monkeypatch.setattr(sys, "argv", given)
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_the_command_line(tmp_path):
     def call(*arguments: str) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "models.generate", *arguments]
@@ -289,13 +348,10 @@ def test_the_command_line(tmp_path):
 
 
 def test_half_a_character_is_not_printed(capsys):
-    from models.generate import _Stream
-    from models.saved import Text
-
-    stream, euro = _Stream(Text(None, (0,))), list("€!".encode())
+    stream, euro = _Stream(Text(None, (0,)), "$"), list("€!".encode())
     for token in euro[:2]:
         stream.add([token])
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == "$"
     stream.add(euro[2:])
     stream.add([0xE2], last=True)
     assert capsys.readouterr().out == "€!\ufffd"
