@@ -14,8 +14,8 @@ from benchmarks.filled_caches import visible_bytes
 from benchmarks.programs import Lower
 from models.cache import ModelCache
 from models.config import ModelConfig
-from models.generator import Rows, decode_steps
 from models.sampling import Sampling
+from models.steps import Rows, decode_steps
 from models.transformer import Transformer
 
 _ALWAYS = 1 << 30

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array
 
 from models.cache import Kind, ModelCache
 from models.config import ModelConfig
 from models.sampling import Sampling
+from models.steps import NO_TOKEN, Rows, decode_steps, give_pages, take_in
 from models.transformer import Transformer
 
 OnTokens = Callable[[int, list[int]], object]
 _SMALLEST_CHUNK = 16
-_NO_TOKEN = -2
 
 
 def _check_integer(name: str, value: Any) -> None:
@@ -65,19 +64,6 @@ class GeneratorConfig:
                 raise ValueError(f"{name}={value!r} must be positive")
         if self.cache not in ("evicting", "contiguous"):
             raise ValueError(f"cache={self.cache!r} must be evicting or contiguous")
-
-
-class Rows(NamedTuple):
-    """The sequences that are being decoded, one a row.
-
-    token: int32 `[rows]`, the last one, which the cache does not hold yet. left: int32 `[rows]`,
-    tokens still to come; 0 for a row that is free. request: int32 `[rows]`, the number of the
-    prompt, of which the random numbers depend.
-    """
-
-    token: Int[Array, " rows"]
-    left: Int[Array, " rows"]
-    request: Int[Array, " rows"]
 
 
 @dataclasses.dataclass
@@ -206,7 +192,7 @@ class Generator:
         """A prompt joins a row, chunk by chunk; the token that follows it, and the cache."""
         pages = np.full(max(cache.slots, request.num_pages), -1, np.int32)
         pages[: request.num_pages] = request.pages
-        cache = _give_pages(cache, row, jnp.asarray(pages))
+        cache = give_pages(cache, row, jnp.asarray(pages))
         length = request.prompt.size
         chunk = min(self.settings.chunk or length, length)
         token: Any = None
@@ -214,7 +200,7 @@ class Generator:
             part = request.prompt[start : start + chunk]
             padded = np.zeros((1, min(_bucket(part.size), self.settings.max_length)), np.int32)
             padded[0, : part.size] = part
-            token, cache = _take_in(
+            token, cache = take_in(
                 self._params,
                 cache,
                 jnp.asarray(padded),
@@ -285,7 +271,7 @@ class _Batch:
                 self._cache, row, request, self._sampling, self._key
             )
             self.running[row] = request
-            left = 0 if token in self._stop or token == _NO_TOKEN else self._max_tokens - 1
+            left = 0 if token in self._stop or token == NO_TOKEN else self._max_tokens - 1
             self._rows = Rows(
                 self._rows.token.at[row].set(token),
                 self._rows.left.at[row].set(left),
@@ -304,7 +290,7 @@ class _Batch:
 
     def _add(self, row: int, tokens: list[int], left: int) -> None:
         request = self.running[row]
-        if _NO_TOKEN in tokens:
+        if NO_TOKEN in tokens:
             raise FloatingPointError(
                 f"the model's logits are NaN after {len(request.tokens)} tokens of prompt "
                 f"{request.number}"
@@ -324,79 +310,3 @@ class _Batch:
 def _bucket(length: int) -> int:
     """Prompts of about one length share a compiled program: the next power of two."""
     return max(_SMALLEST_CHUNK, 1 << (length - 1).bit_length())
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _give_pages(cache: ModelCache, row: Any, pages: Int[Array, " slots"]) -> ModelCache:
-    return cache.with_pages(row, pages)
-
-
-@functools.partial(
-    jax.jit, static_argnames=("graphdef", "sampling", "first"), donate_argnames="cache"
-)
-def _take_in(
-    params: Any,
-    cache: ModelCache,
-    tokens: Int[Array, "1 chunk"],
-    length: Int[Array, ""],
-    row: Int[Array, ""],
-    key: Array,
-    request: Int[Array, ""],
-    *,
-    graphdef: Any,
-    sampling: Sampling,
-    first: bool,
-) -> tuple[Int[Array, ""], ModelCache]:
-    """A chunk of a prompt joins a row; the token that follows, and the cache."""
-    model = nnx.merge(graphdef, params)
-    x, one = model.extend(tokens, cache.row(row), lengths=length[None], first=first)
-    last = jax.lax.dynamic_slice_in_dim(x, length - 1, 1, axis=1)
-    token = _draw(key, request[None], one.length, model.logits(last)[:, 0], sampling)
-    return token[0], cache.with_row(row, one)
-
-
-@functools.partial(
-    jax.jit, static_argnames=("graphdef", "sampling", "steps"), donate_argnames=("cache", "rows")
-)
-def decode_steps(
-    params: Any,
-    cache: ModelCache,
-    rows: Rows,
-    key: Array,
-    stops: Int[Array, " stops"],
-    *,
-    graphdef: Any,
-    sampling: Sampling,
-    steps: int,
-) -> tuple[Int[Array, "steps rows"], Rows, ModelCache]:
-    """Up to `steps` tokens of every row that is not free; -1 where there is none."""
-    model = nnx.merge(graphdef, params)
-
-    def more(state: tuple[Any, ...]) -> Bool[Array, ""]:
-        step, _, rows, _ = state
-        return (step < steps) & jnp.any(rows.left > 0)
-
-    def add_token(state: tuple[Any, ...]) -> tuple[Any, ...]:
-        step, produced, rows, cache = state
-        active = rows.left > 0
-        x, cache = model.extend(rows.token[:, None], cache, lengths=active.astype(jnp.int32))
-        token = _draw(key, rows.request, cache.length, model.logits(x)[:, 0], sampling)
-        ended = jnp.any(token[:, None] == stops[None], axis=1) | (token == _NO_TOKEN)
-        left = jnp.where(active & ~ended, rows.left - 1, 0)
-        produced = produced.at[step].set(jnp.where(active, token, -1))
-        return step + 1, produced, Rows(token, left, rows.request), cache
-
-    produced = jnp.full((steps, rows.token.size), -1, jnp.int32)
-    _, produced, rows, cache = jax.lax.while_loop(
-        more, add_token, (jnp.int32(0), produced, rows, cache)
-    )
-    return produced, rows, cache
-
-
-def _draw(key: Array, request: Array, position: Array, logits: Array, sampling: Sampling) -> Array:
-    """The next token of every row, from random numbers of its request and its position; -2 where
-    the logits are no numbers.
-    """
-    of_request = jax.vmap(jax.random.fold_in, (None, 0))(key, request)
-    keys = jax.vmap(jax.random.fold_in)(of_request, position)
-    return jnp.where(jnp.isnan(logits).any(axis=-1), _NO_TOKEN, sampling.draw(keys, logits))
