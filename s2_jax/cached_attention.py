@@ -97,6 +97,14 @@ def cached_attention(
         raise ValueError(f"{new} new tokens are more than max_length={cache.max_length}")
     if choose(call, implementation) == "reference":
         implementation = "reference"
+    return _extend(call, cache, lengths, first, implementation)
+
+
+def _extend(
+    call: Call, cache: Cache, lengths: Array | None, first: bool, implementation: str | None
+) -> tuple[Array, Cache]:
+    """`cached_attention`, its arguments checked."""
+    new = call.query.shape[1]
     before = cache.emptied() if first else cache
     padded = None if lengths is None else jnp.clip(lengths, 0, new)  # None needs no masks
     lengths = jnp.full(cache.length.shape, new, jnp.int32) if padded is None else padded
@@ -104,13 +112,18 @@ def cached_attention(
     call = dataclasses.replace(call, query=arrays[0], key=arrays[1], value=arrays[2])
     before = dataclasses.replace(before, key=arrays[3], value=arrays[4])
     kv_heads = jnp.arange(call.key.shape[2], dtype=jnp.int32)
-    if head_axis is not None:
-        kv_heads += lax.axis_index(head_axis).astype(jnp.int32) * kv_heads.size
+    if call.head_axis is not None:
+        kv_heads += lax.axis_index(call.head_axis).astype(jnp.int32) * kv_heads.size
     start, grown = before.length, before.append(call.key, call.value, lengths, kv_heads)
     attend = functools.partial(
-        s2_attention, pattern=cache.pattern, scale=call.scale, logits_soft_cap=logits_soft_cap,
-        head_axis=head_axis, implementation=implementation, query_seq_lengths=padded,
-    )  # fmt: skip
+        s2_attention,
+        pattern=cache.pattern,
+        scale=call.scale,
+        logits_soft_cap=call.logits_soft_cap,
+        head_axis=call.head_axis,
+        implementation=implementation,
+        query_seq_lengths=padded,
+    )
     step = jnp.arange(new, dtype=jnp.int32)[None]
     position = start[:, None] + step
     counts = step < lengths[:, None]

@@ -1,6 +1,7 @@
 """Caches over a mesh: what heads and sequences hold stays where they are."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 import s2_jax
 from s2_jax import ContiguousCache, EvictingCache, cached_attention
+from tests.calls import AttentionCall
+from tests.decoding import CACHES, feed, full_forward, make_cache
 from tests.meshes import COLLECTIVE
 
 PATTERN = s2_jax.local_stride(2, 4, block_size=16)
@@ -112,3 +115,67 @@ def test_shard_map_by_heads(kind, check_vma):
         check_vma=check_vma,
     )  # fmt: skip
     np.testing.assert_allclose(jax.jit(run)(cache, *arrays), expected, atol=2e-6)
+
+
+# By head_axis, with every head of eight on a device of its own.
+
+
+@pytest.fixture(params=CACHES)
+def cache_kind(request):
+    return request.param
+
+
+SHARDED = AttentionCall(
+    s2_jax.local_stride(2, 8, block_size=16), heads=16, kv_heads=8, batch=2, q_len=64, kv_len=64
+)
+BY_HEADS = P(None, None, "x")
+
+
+def specs(cache):
+    """How a cache is split by heads."""
+    if isinstance(cache, ContiguousCache):
+        return dataclasses.replace(cache, key=BY_HEADS, value=BY_HEADS, length=P())
+    table = dataclasses.replace(cache.table, page=P(), block=P(None, "x"), length=P())
+    return dataclasses.replace(cache, key=P("x"), value=P("x"), table=table)
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["chunk", "first"])
+def test_shard_map_of_a_chunk(cache_kind, first):
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    cache = make_cache(cache_kind, SHARDED)
+    run = jax.shard_map(
+        functools.partial(s2_jax.cached_attention, head_axis="x", first=first),
+        mesh=mesh, in_specs=(*[BY_HEADS] * 3, specs(cache)), out_specs=(BY_HEADS, specs(cache)),
+    )  # fmt: skip
+    inputs = [SHARDED.inputs()[name][:, :40] for name in ("query", "key", "value")]
+    out, _ = jax.jit(run)(*inputs, cache)
+    np.testing.assert_allclose(out, full_forward(SHARDED)[1][:, :40], rtol=1e-5, atol=2e-6)
+
+
+def test_pmap(cache_kind):
+    """Each device has the pages and the part of the table of its own heads."""
+    _, cache = feed(SHARDED, make_cache(cache_kind, SHARDED), [45], None)
+
+    def parts(array, axis):
+        shape = array.shape
+        return array.reshape(*shape[:axis], 8, shape[axis] // 8, *shape[axis + 1 :])
+
+    if cache_kind == "contiguous":
+        axes = dataclasses.replace(cache, key=2, value=2, length=None)
+        split = dataclasses.replace(cache, key=parts(cache.key, 2), value=parts(cache.value, 2))
+    else:
+        table = dataclasses.replace(cache.table, page=None, block=1, length=None)
+        axes = dataclasses.replace(cache, key=0, value=0, table=table)
+        split = dataclasses.replace(
+            cache, key=parts(cache.key, 0), value=parts(cache.value, 0),
+            table=dataclasses.replace(cache.table, block=parts(cache.table.block, 1)),
+        )  # fmt: skip
+    run = jax.pmap(
+        functools.partial(s2_jax.cached_attention, head_axis="x"),
+        axis_name="x", in_axes=(2, 2, 2, axes), out_axes=(2, axes),
+    )  # fmt: skip
+    for start in (45, 50):
+        new = [SHARDED.inputs()[name][:, start : start + 5] for name in ("query", "key", "value")]
+        out, split = run(*(parts(array, 2) for array in new), split)
+        expected = full_forward(SHARDED)[1][:, start : start + 5]
+        np.testing.assert_allclose(out.reshape(expected.shape), expected, rtol=1e-5, atol=2e-6)
