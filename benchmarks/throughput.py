@@ -148,9 +148,10 @@ class Training(NamedTuple):
     def _call(self, program: Program) -> Any:
         """Queues a step, which goes on with the state that the last one left."""
         _, like = abstract_state(self.config, self._optimizer)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
-        state = [zeros._replace(params=draw_parameters(like.params))]
-        del zeros
+        params = draw_parameters(like.params)  # first: what drawing needs leaves gaps in memory
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like._replace(params=None))
+        state = [zeros._replace(params=params)]
+        del params, zeros
         shape = (self.batch, self.length + 1)
         tokens = jax.random.randint(jax.random.key(0), shape, 0, self.config.vocab_size, jnp.int32)
 
