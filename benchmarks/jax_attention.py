@@ -49,6 +49,7 @@ def _layout_seconds(case: Case) -> float:
     start = time.perf_counter()
     tiles = pick_tiles(
         head_dim=case.head_dim, itemsize=2, q_len=case.length, block_size=case.block_size,
+        group=case.heads // case.kv_heads,
         compute_capability=lowering.compute_capability() or 90,
     )  # fmt: skip
     numbers = (case.heads, case.kv_heads, 0, case.length, case.length)

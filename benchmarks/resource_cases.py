@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import s2_jax
+from pallas_kernels import combine
 from pallas_kernels.call import padded_dim
 from pallas_kernels.decode import pick_tile
 from pallas_kernels.tiles import Tile, TileConfig, pick_tiles
@@ -155,7 +156,7 @@ STEPS = {
 
 @dataclasses.dataclass(frozen=True)
 class DecodeCase:
-    """A kind of decoding, for one GPU generation; one kernel."""
+    """A kind of decoding, for one GPU generation: the kernel, and the one that joins its parts."""
 
     variant: str
     dtype: str
@@ -163,10 +164,12 @@ class DecodeCase:
     block_size: int
     capability: int
 
-    names = ("decode",)
+    names = ("decode", "combine")
     _group = 4
 
     def tile(self, kernel: str) -> Tile:
+        if kernel == "combine":
+            return combine.TILE
         rows = 16 if STEPS[self.variant].new * self._group <= 16 else 32
         itemsize, dims = jnp.dtype(self.dtype).itemsize, 2 * padded_dim(self.head_dim)
         cut = pick_tile(itemsize, dims, self.capability)
@@ -228,6 +231,7 @@ def cases(compute_capability: int) -> Iterator[Case | DecodeCase]:
             itemsize=jnp.dtype(dtype).itemsize,
             q_len=q_len,
             block_size=block_size,
+            group=VARIANTS[variant].group,
             gathers=VARIANTS[variant].gathers,
             compute_capability=compute_capability,
         )

@@ -181,6 +181,7 @@ def default(options: Options, length: int, kernel: str) -> tuple[int, ...]:
         itemsize=2,
         q_len=length,
         block_size=options.block_size,
+        group=options.heads // options.kv_heads,
         compute_capability=lowering.compute_capability() or 90,
     )
     return dataclasses.astuple(getattr(tiles, kernel))

@@ -2,7 +2,7 @@
 
 The query heads of a group share one tile, so that a key is read once for all of them. Each
 program takes a part of the blocks that its key/value head still sees; the parts are put together
-by their log-sum-exps (Flash-Decoding).
+by their log-sum-exps (Flash-Decoding), by a kernel of their own.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.call import padded_dim
+from pallas_kernels.combine import combine
 from pallas_kernels.lowering import Launcher, call_kernel, compute_capability
 from pallas_kernels.masks import TileMask, Window
-from pallas_kernels.partials import part_weights
-from pallas_kernels.rows import load_rows
+from pallas_kernels.rows import load_rows, load_scalars, store_rows, store_scalars
 from pallas_kernels.scores import Scoring
 from pallas_kernels.softmax import LOG2_E, Softmax, dot
 from pallas_kernels.tiles import Tile
@@ -79,10 +79,9 @@ class DecodeSettings(Scoring):
 def s2_decode_kernel(
     q_ref: Any, k_ref: Any, v_ref: Any, position_ref: Any, place_ref: Any, block_ref: Any,
     bits_ref: Any, used_ref: Any, o_ref: Any, lse_ref: Any,
-    *, settings: DecodeSettings, keys: int, splits: int,
+    *, settings: DecodeSettings, rows: int, keys: int, splits: int,
 ) -> None:  # fmt: skip
-    rows, dim = q_ref.shape
-    value_dim = padded_dim(v_ref.shape[1])
+    dim, value_dim = padded_dim(q_ref.shape[1]), padded_dim(v_ref.shape[1])
     block_size = settings.block_size
     # A turn of the loop takes `keys` keys: several blocks, or a part of one.
     unit, group, parts = (
@@ -98,7 +97,10 @@ def s2_decode_kernel(
     blocks = jnp.maximum(stop - start, 0)
     turns = blocks * parts if parts > 1 else lax.div(blocks + (group - 1), np.int32(group))
 
-    query, position = q_ref[...], position_ref[...]
+    row = lax.iota(jnp.int32, rows)
+    exists = None if rows == q_ref.shape[0] else row < q_ref.shape[0]
+    query = load_rows(q_ref, row, dim, exists)
+    position = load_scalars(position_ref, row, exists, -1)
     newest = jnp.max(position, axis=0)
     mask = TileMask(True, position, None, 1, rows, True, settings.window)
     lane = lax.iota(jnp.int32, keys)
@@ -110,8 +112,8 @@ def s2_decode_kernel(
             return jnp.full((keys,), ref[begin])
         numbers = jnp.full((keys,), nothing, jnp.int32)
         for i in range(group):
-            exists = begin + i < stop
-            number = jnp.where(exists, ref[jnp.where(exists, begin + i, begin)], nothing)
+            there = begin + i < stop
+            number = jnp.where(there, ref[jnp.where(there, begin + i, begin)], nothing)
             numbers = jnp.where(member == i, number, numbers)
         return numbers
 
@@ -133,8 +135,8 @@ def s2_decode_kernel(
 
     carry = lax.fori_loop(0, turns, attend, Softmax.start(rows, value_dim))
     out, lse = carry.finish(settings.exp2)
-    o_ref[...] = out
-    lse_ref[...] = lse / LOG2_E
+    store_rows(o_ref, row, out, exists)
+    store_scalars(lse_ref, row, lse / LOG2_E, exists)
 
 
 def decode(
@@ -159,23 +161,21 @@ def decode(
       lists: what they see.
 
     Returns:
-      Output `[batch, programs, rows, value_dim]` and natural-log LSE `[batch, programs, rows]`,
-      float32.
+      Output `[batch, programs, rows, value_dim]` in the query's dtype, and natural-log LSE
+      `[batch, programs, rows]`, float32.
     """
     batch, programs, num_rows, head_dim = query.shape
     value_dim, entries = value.shape[-1], lists.place.shape[-1]
     assert num_rows <= MAX_ROWS
     rows = _LEAST_ROWS if num_rows <= _LEAST_ROWS else MAX_ROWS
-    dim, padded_value = padded_dim(head_dim), padded_dim(value_dim)
-    more = rows - num_rows
-    query = jnp.pad(query, ((0, 0), (0, 0), (0, more), (0, dim - head_dim)))
-    position = jnp.pad(position, ((0, 0), (0, 0), (0, more)), constant_values=-1)
-    tile = settings.tile or pick_tile(key.dtype.itemsize, dim + padded_value)
+    dims = padded_dim(head_dim) + padded_dim(value_dim)
+    tile = settings.tile or pick_tile(key.dtype.itemsize, dims)
     splits = max(1, min(-(-tile.programs // (batch * programs)), -(-entries // 2)))
     if settings.paged:
         key, value = (x.reshape(x.shape[0], -1, x.shape[-1]) for x in (key, value))
     kv_heads = key.shape[0 if settings.paged else 2]
     per_head = np.int32(programs // kv_heads)
+    whole, shape = splits == 1, (splits, batch, programs, num_rows)
 
     def of_program(*shape: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, None, *shape), lambda s, p, b: (b, p, *[0] * len(shape)))
@@ -193,26 +193,24 @@ def decode(
 
     out, lse = call_kernel(
         functools.partial(
-            s2_decode_kernel, settings=settings, keys=tile.keys, splits=splits
+            s2_decode_kernel, settings=settings, rows=rows, keys=tile.keys, splits=splits
         ),
         (query, key, value, position, *lists[:3], lists.used[..., None]),
         name="s2_attention_decode",
         grid=(splits, programs, batch),
         in_specs=[
-            of_program(rows, dim), storage(key), storage(value),
-            of_program(rows), *[of_program(entries)] * 3, of_program(1),
+            of_program(num_rows, head_dim), storage(key), storage(value),
+            of_program(num_rows), *[of_program(entries)] * 3, of_program(1),
         ],
-        out_specs=[partial_result(rows, padded_value), partial_result(rows)],
+        out_specs=[partial_result(num_rows, value_dim), partial_result(num_rows)],
         out_shape=[
-            jax.ShapeDtypeStruct((splits, batch, programs, rows, padded_value), jnp.float32),
-            jax.ShapeDtypeStruct((splits, batch, programs, rows), jnp.float32),
+            jax.ShapeDtypeStruct((*shape, value_dim), query.dtype if whole else jnp.float32),
+            jax.ShapeDtypeStruct(shape, jnp.float32),
         ],
         tile=Tile(rows, tile.keys, tile.num_warps, tile.num_stages),
         launcher=settings.launcher,
     )  # fmt: skip
-    weights, lse = part_weights(lse)
-    out = jnp.sum(weights[..., None] * out, axis=0)
-    return out[:, :, :num_rows, :value_dim], lse[:, :, :num_rows]
+    return (out[0], lse[0]) if whole else combine(out, lse, query.dtype, settings.launcher)
 
 
 def pick_tile(itemsize: int, dims: int, capability: int | None = None) -> DecodeTile:

@@ -158,7 +158,7 @@ def add_dot(total: jax.Array, a: jax.Array, b: jax.Array) -> jax.Array:
 
 def dot(a: jax.Array, b: jax.Array, *, transpose_b: bool = False) -> jax.Array:
     """a @ b (or a @ b.T) in float32; float32 inputs are multiplied in IEEE precision."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
     contracting = ((1,), (1,)) if transpose_b else ((1,), (0,))
     return lax.dot_general(
         a, b, (contracting, ((), ())), precision=precision, preferred_element_type=jnp.float32

@@ -63,6 +63,7 @@ def pick_tiles(
     itemsize: int,
     q_len: int,
     block_size: int = 64,
+    group: int = 1,
     gathers: bool = True,
     cut_short: bool = False,
     compute_capability: int = 90,
@@ -75,6 +76,7 @@ def pick_tiles(
       q_len: query tokens in a row; short rows want small tiles to fill the GPU.
       cut_short: segments leave each query only few of the keys.
       block_size: of the pattern.
+      group: query heads of a key/value head.
       gathers: whether a key tile of dk/dv can be put together from columns that the same queries
         see. Otherwise it is no larger than a block: it would walk, masked, the queries of all its
         columns for each of them.
@@ -82,6 +84,11 @@ def pick_tiles(
     """
     pick = {90: _hopper, 100: _blackwell, 103: _blackwell}.get(compute_capability, _ampere)
     tiles = pick(head_dim, itemsize, min(q_len, 4096) if cut_short else q_len)
+    grouped_on_hopper = compute_capability == 90 and itemsize == 2 and group > 1
+    if grouped_on_hopper and 64 < head_dim <= 128 and block_size >= 64:
+        # Measured: the loop over a group's heads takes registers, which a tile of 64x64 lacks.
+        dkv = Tile(64, 128, 8, 3) if gathers else Tile(32, 64, 4, 3)
+        tiles = dataclasses.replace(tiles, dkv=dkv)
     if gathers:
         return tiles
     dkv = dataclasses.replace(tiles.dkv, block_kv=min(tiles.dkv.block_kv, block_size))

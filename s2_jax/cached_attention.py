@@ -184,4 +184,4 @@ def _decode(
         out, _ = lax.platform_dependent(*operands, cuda=kernel, default=reference)
     else:
         out, _ = kernel(*operands)
-    return queries.unpack(out.astype(query.dtype))
+    return queries.unpack(out)

@@ -29,18 +29,22 @@ def check_cudnn(call: Call, *, return_lse: bool) -> None:
 
 def cudnn_attention(call: Call) -> jax.Array:
     """Output `[batch, q_len, heads, value_dim]`; zeros for padded queries."""
+    arrays, length = [call.query, call.key, call.value], call.query.shape[1]
+    lengths = [call.query_seq_lengths, call.key_value_seq_lengths]
+    if length % 2:  # JAX has the gradient for even ones alone
+        arrays = [jnp.pad(x, ((0, 0), (0, 1), (0, 0), (0, 0))) for x in arrays]
+        whole = jnp.full((call.query.shape[0],), length, jnp.int32)
+        lengths = [whole if some is None else some for some in lengths]
     out = jax.nn.dot_product_attention(
-        call.query,
-        call.key,
-        call.value,
+        *arrays,
         scale=call.scale,
         is_causal=call.pattern.causal,
-        query_seq_lengths=call.query_seq_lengths,
-        key_value_seq_lengths=call.key_value_seq_lengths,
+        query_seq_lengths=lengths[0],
+        key_value_seq_lengths=lengths[1],
         implementation="cudnn",
-    )
+    )[:, :length]
     if call.query_seq_lengths is None:
         return out
-    row = jnp.arange(out.shape[1], dtype=jnp.int32)[None]
+    row = jnp.arange(length, dtype=jnp.int32)[None]
     counts = row < call.query_seq_lengths[:, None]
     return jnp.where(counts[:, :, None, None], out, 0)

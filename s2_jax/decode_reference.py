@@ -50,7 +50,7 @@ def reference_decode(
     lse = jnp.where(some, peak + jnp.log(jnp.where(some, total, 1)), -jnp.inf)[..., 0]
     weights = (weights / jnp.where(some, total, 1)).astype(value.dtype)
     values = values.reshape(batch, programs, entries * size, -1)
-    return product("bprk,bpkd->bprd", weights, values), lse
+    return product("bprk,bpkd->bprd", weights, values).astype(query.dtype), lse
 
 
 def _blocks(

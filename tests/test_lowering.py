@@ -36,11 +36,12 @@ def picks():
     found = {}
     capabilities, lengths = (80, 86, 89, 90, 100, 120), (1, 1024, 1 << 20)
     for dtype, head_dim in itertools.product(("bfloat16", "float32"), (80, 128, 192, 256)):
-        for capability, q_len in itertools.product(capabilities, lengths):
+        for capability, q_len, group in itertools.product(capabilities, lengths, (1, 2)):
             tiles = pick_tiles(
                 head_dim=head_dim,
                 itemsize=jnp.dtype(dtype).itemsize,
                 q_len=q_len,
+                group=group,
                 compute_capability=capability,
             )
             found.setdefault((tiles, dtype, head_dim), (tiles, dtype, head_dim))
