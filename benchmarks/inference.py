@@ -56,7 +56,7 @@ class Settings:
     dense_first: int = 2
     """Dense layers of the hybrid."""
     dense_implementation: Literal["cudnn", "kernels"] = "cudnn"
-    """How dense layers take in prompts."""
+    """How dense layers attend, to prompts and in decoding."""
     implementation: Literal["triton", "jax_triton", "interpret", "reference"] | None = None
     """How all else attends."""
     steps: int = 32

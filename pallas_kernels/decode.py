@@ -35,12 +35,12 @@ class DecodeTile:
     """How the work is cut, and how the kernel is compiled.
 
     keys: of a turn of the loop, a power of two from 16 on. programs: how many there are to be at
-    least, so far as the lists can be split; 512 is about two rounds of all that a large GPU runs at
-    a time. num_warps, num_stages: as of `Tile`.
+    least, so far as the lists can be split; 256 is about what a large GPU runs at a time.
+    num_warps, num_stages: as of `Tile`.
     """
 
     keys: int
-    programs: int = 512
+    programs: int = 256
     num_warps: int = 4
     num_stages: int = 2
 

@@ -48,3 +48,19 @@ def cudnn_attention(call: Call) -> jax.Array:
     row = jnp.arange(length, dtype=jnp.int32)[None]
     counts = row < call.query_seq_lengths[:, None]
     return jnp.where(counts[:, :, None, None], out, 0)
+
+
+def cudnn_step(call: Call, keys: jax.Array, values: jax.Array, seen: jax.Array) -> jax.Array:
+    """One new token a sequence, which sees the first `seen` keys; zeros where those are none.
+
+    keys, values: `[batch, length, kv_heads, dim]`. seen: int32 `[batch]`.
+    """
+    out = jax.nn.dot_product_attention(
+        call.query,
+        keys,
+        values,
+        scale=call.scale,
+        key_value_seq_lengths=jnp.maximum(seen, 1),
+        implementation="cudnn",
+    )
+    return jnp.where((seen > 0)[:, None, None, None], out, 0)

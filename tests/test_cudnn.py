@@ -85,6 +85,29 @@ def test_a_prompt_is_taken_in_by_it_and_decoding_goes_on(cudnn):
     np.testing.assert_allclose(got, np.asarray(whole, np.float32), atol=0.03, rtol=0.03)
 
 
+def test_sequences_of_different_lengths_are_decoded(cudnn):
+    query, key, value = inputs()
+    steps = [jnp.asarray(x, jnp.int32) for x in ([30, 11], [1, 0], [1, 1], [0, 1])]
+    found = {}
+    for implementation in ("cudnn", "reference"):
+        cache = ContiguousCache.create(
+            DENSE, batch=2, max_length=32, num_heads=4, num_kv_heads=2, head_dim=64
+        )
+        outs, start = [], 0
+        for i, lengths in enumerate(steps):
+            stop = start + (30 if i == 0 else 1)
+            new = (array[:, start:stop] for array in (query, key, value))
+            out, cache = cached_attention(
+                *new, cache, lengths=lengths, first=i == 0, implementation=implementation
+            )
+            outs.append(np.asarray(out, np.float32))
+            start = stop
+        found[implementation] = outs
+    for mine, theirs in zip(found["cudnn"], found["reference"], strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=0.03, rtol=0.03)
+    assert not found["cudnn"][1][1].any()  # no new token
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
