@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
 from models.cache import ModelCache
 from models.sampling import Sampling
@@ -75,25 +75,20 @@ def decode_steps(
     """Up to `steps` tokens of every row that is not free; -1 where there is none."""
     model = nnx.merge(graphdef, params)
 
-    def more(state: tuple[Any, ...]) -> Bool[Array, ""]:
-        step, _, rows, _ = state
-        return (step < steps) & jnp.any(rows.left > 0)
-
-    def add_token(state: tuple[Any, ...]) -> tuple[Any, ...]:
-        step, produced, rows, cache = state
+    def add_token(step: Array, state: tuple[Any, ...]) -> tuple[Any, ...]:
+        produced, rows, cache = state
         active = rows.left > 0
         x, cache = model.extend(rows.token[:, None], cache, lengths=active.astype(jnp.int32))
         token = _draw(key, rows.request, cache.length, model.logits(x)[:, 0], sampling)
         ended = jnp.any(token[:, None] == stops[None], axis=1) | (token == NO_TOKEN)
         left = jnp.where(active & ~ended, rows.left - 1, 0)
         produced = produced.at[step].set(jnp.where(active, token, -1))
-        return step + 1, produced, Rows(token, left, rows.request), cache
+        return produced, Rows(token, left, rows.request), cache
 
+    # As many turns as there can be: asking the GPU before each whether there is to be another would
+    # let it wait.
     produced = jnp.full((steps, rows.token.size), -1, jnp.int32)
-    _, produced, rows, cache = jax.lax.while_loop(
-        more, add_token, (jnp.int32(0), produced, rows, cache)
-    )
-    return produced, rows, cache
+    return jax.lax.fori_loop(0, steps, add_token, (produced, rows, cache))
 
 
 def _draw(key: Array, request: Array, position: Array, logits: Array, sampling: Sampling) -> Array:
