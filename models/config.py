@@ -160,6 +160,8 @@ class ModelConfig:
             if self.dtype == "float32":
                 raise ValueError("dense_implementation='cudnn' needs dtype='bfloat16'")
         _check_choice(self, "remat", "none", "full", "attention")
+        if (first := self.attention.dense_first) > self.num_layers:
+            raise ValueError(f"dense_first={first} layers are more than {self.num_layers=}")
 
     @property
     def head_features(self) -> int:
