@@ -62,7 +62,7 @@ class Evaluation:
 
 
 _SHAPE, _MIXTURE, _EVALUATION = Shape(), Mixture(), Evaluation()
-_OPTIMIZER = OptimizerConfig(learning_rate=1e-3)
+_OPTIMIZER = OptimizerConfig(learning_rate=2e-3)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,7 +17,7 @@ from train.retrieval import Haystack, associative_recall, passkey
 from train.shard_writer import token_dtype
 from train.shards import Shards
 
-_TASKS = (passkey, associative_recall)
+_PAIRS = 8  # at most, as in evaluations
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,15 +29,17 @@ class Mixture:
 
     share: float = 0.3
     """Of the rows, those that hold retrieval examples."""
-    shortest: int = 128
+    shortest: int = 48
     """Tokens of the shortest example; their logarithms are uniform up to the longest."""
     growing: float = 0.3
     """Share of the steps over which the longest example grows to a whole row."""
+    copies: float = 0.3
+    """Share of the examples, as long as they grow, that are random tokens said twice instead."""
     whole: float = 0.25
     """Share of the retrieval rows, from then on, that are one example."""
 
     def __post_init__(self) -> None:
-        for name in ("share", "growing", "whole"):
+        for name in ("share", "growing", "copies", "whole"):
             if not 0 <= (value := getattr(self, name)) <= 1:
                 raise ValueError(f"{name}={value!r} must be a share, from 0 to 1")
         if self.shortest < 1:
@@ -68,11 +70,18 @@ def training_rows(
         tokens[step] = next(text)["tokens"]
         rng = np.random.default_rng((seed, step))
         longest = mixture.longest(step / steps, length + 1)
+        copies = mixture.copies if longest <= length else 0.0
         for row in np.flatnonzero(rng.random(batch_size) < mixture.share):
             at = step, row
-            tokens[at], segment_ids[at] = retrieval_row(
-                haystack, example_lengths(length + 1, longest, mixture, rng), rng
-            )
+            lengths = example_lengths(length + 1, longest, mixture, rng)
+            examples = [
+                _copy(shards.vocab_size, size, rng)
+                if rng.random() < copies
+                else _example(haystack, size, rng)
+                for size in lengths
+            ]
+            tokens[at] = np.concatenate(examples)
+            segment_ids[at] = np.repeat(np.arange(1, len(lengths) + 1), lengths)
     return {"tokens": tokens, "segment_ids": segment_ids}
 
 
@@ -91,15 +100,24 @@ def example_lengths(
     return lengths
 
 
-def retrieval_row(
-    haystack: Haystack, lengths: list[int], rng: np.random.Generator
-) -> tuple[Int[np.ndarray, " row"], Int[np.ndarray, " row"]]:
-    """Tokens and segment ids of examples of either task, at any depth."""
-    examples = [
-        _TASKS[rng.integers(len(_TASKS))](
-            haystack, length=length, depth=rng.random(), seed=int(rng.integers(1 << 32))
-        )
-        for length in lengths
-    ]
-    tokens = np.concatenate([example.tokens for example in examples])
-    return tokens, np.repeat(np.arange(1, len(lengths) + 1), lengths)
+def _copy(vocab_size: int, length: int, rng: np.random.Generator) -> Int[np.ndarray, " length"]:
+    return np.resize(rng.integers(vocab_size, size=-(-length // 2)), length)
+
+
+def _example(
+    haystack: Haystack, length: int, rng: np.random.Generator
+) -> Int[np.ndarray, " length"]:
+    """A table of recall is of any size that the example has room for."""
+    depth, seed = rng.random(), int(rng.integers(1 << 32))
+    if rng.random() < 0.5:
+        return passkey(haystack, length=length, depth=depth, seed=seed).tokens
+    pairs = int(rng.integers(1, _PAIRS, endpoint=True))
+    while True:
+        try:
+            return associative_recall(
+                haystack, length=length, depth=depth, seed=seed, pairs=pairs
+            ).tokens
+        except ValueError:  # no room
+            if pairs == 1:
+                raise
+            pairs //= 2

@@ -104,7 +104,7 @@ def verdict(data: dict[str, Any]) -> str:
 
 
 def table(data: dict[str, Any]) -> str:
-    """A line a model."""
+    """A line a model, for every length that it is evaluated at."""
     settings, shape = data["settings"], data["settings"]["shape"]
     rows = data["rows"]
     dense = next((row["dense_layers"] for row in rows if row["model"] == "hybrid"), None)
@@ -118,29 +118,39 @@ def table(data: dict[str, Any]) -> str:
         f" of {shape['block_size']}, homogeneous where all heads share columns"
         + (f"; dense in the hybrid: layer {layers} of {shape['num_layers']}" if dense else "")
         + (f"; the window has {window} tokens" if window else "")
-        + ". density: blocks computed at the trained length, dense being 1; bits: a token of text"
-        " held out; passkey, recall: answered, over all depths."
+        + ". bits: a token of text held out; passkey, recall: answered, over all depths; density:"
+        " blocks computed at the trained length, dense being 1."
     )
     failures = [f"{r['model']}, seed {r['seed']}: {r['error']}" for r in rows if r["error"]]
     return "\n".join([lined_up(_lines(data)), legend, *failures, verdict(data)])
 
 
 def _lines(data: dict[str, Any]) -> Iterator[list[str]]:
-    all_of = evaluations(data)
-    head = ["model", "seeds", "density", "tokens/s", "train loss"]
-    kinds = ("bits", "passkey", "recall")
-    yield [*head, *(f"{kind} at {name}" for name in all_of.values() for kind in kinds)]
-    for model, cells in by_model(data).items():
-        line = [model, str(len(cells)), f"{cells[0]['density']:.3f}"]
-        line.append(number(float(np.mean([cell["tokens_s"] for cell in cells]))))
-        line.append(_mean([cell["loss"] for cell in cells], "{:.3f}".format))
-        for of in all_of:
+    yield [
+        "tokens",
+        "model",
+        "seeds",
+        "bits",
+        "passkey",
+        "recall",
+        "train loss",
+        "density",
+        "tok/s",
+    ]
+    for of, name in evaluations(data).items():
+        for model, cells in by_model(data).items():
             ones = [evaluation(cell, of) for cell in cells]
-            line.append(_mean([one["loss"]["mean"] for one in ones], "{:.3f}".format))
-            line += [
-                _mean([accuracy(one, task) for one in ones], "{:.0%}".format) for task in kinds[1:]
+            found = ([accuracy(one, task) for one in ones] for task in ("passkey", "recall"))
+            yield [
+                name,
+                model,
+                str(len(cells)),
+                _mean([one["loss"]["mean"] for one in ones], "{:.3f}".format),
+                *(_mean(shares, "{:.0%}".format) for shares in found),
+                _mean([cell["loss"] for cell in cells], "{:.3f}".format),
+                f"{cells[0]['density']:.3f}",
+                number(float(np.mean([cell["tokens_s"] for cell in cells]))),
             ]
-        yield line
 
 
 def _mean(values: list[float], text: Callable[[float], str]) -> str:

@@ -79,6 +79,21 @@ def test_retrieval_rows_hold_their_answers(shards):
     assert examples > 12  # rows
 
 
+def test_short_examples_come_with_copies(shards):
+    mixture = Mixture(share=1.0, shortest=100, growing=1.0, copies=0.5)
+    rows = rows_of(shards, mixture=mixture)
+    texts = [
+        tokens[ids == number]
+        for tokens, ids in zip(*(rows[name].reshape(-1, 512) for name in rows))
+        for number in range(1, ids.max() + 1)
+    ]
+    halves = [-(-len(text) // 2) for text in texts]
+    copies = [bool((a[n:] == a[: len(a) - n]).all()) for a, n in zip(texts, halves)]
+    asked = [bytes(a[-7:].astype(np.uint8).tolist()).isdigit() for a in texts]
+    assert 0.3 < np.mean(copies) < 0.7
+    assert [not copy for copy in copies] == asked
+
+
 def test_text_rows_hold_no_question(shards):
     rows = rows_of(shards, mixture=Mixture(share=0.0))
     assert (rows["segment_ids"] == 1).all()
@@ -160,7 +175,8 @@ def test_results_are_put_together(run, capsys, tmp_path):
     assert "less than 90%: the comparison says nothing" in capsys.readouterr().out
     quality_table.main([str(one), str(other), "--plots", str(tmp_path / "plots")])
     printed = capsys.readouterr().out
-    assert [line.split()[:2] for line in printed.splitlines()[1:3]] == [["dense", "2"], ["s2", "1"]]
+    lines = [line.split()[:3] for line in printed.splitlines()[1:3]]
+    assert lines == [["256", "dense", "2"], ["256", "s2", "1"]]
     assert {path.name for path in (tmp_path / "plots").iterdir()} == {
         "loss.png", "passkey.png", "recall.png",
     }  # fmt: skip
@@ -192,7 +208,7 @@ def test_a_loss_that_is_not_finite_ends_a_cell():
     [
         ({"seeds": ()}, "seeds must name at least one"),
         ({"steps": 0}, "steps=0 must be positive"),
-        ({"length": 64}, "shortest=128 must be at most length=64"),
+        ({"length": 32}, "shortest=48 must be at most length=32"),
     ],
     ids=str,
 )
