@@ -69,7 +69,10 @@ class Record:
             "platform": device.platform,
             "versions": report.versions(),
             "commit": report.commit(),
-            "settings": dataclasses.asdict(settings) | {"out": None},
+            "settings": {
+                name: None if isinstance(value, Path) else value  # says nothing elsewhere
+                for name, value in dataclasses.asdict(settings).items()
+            },
             "notes": [],
             "not_measured": [],
             "failed": [],
@@ -104,11 +107,11 @@ class Record:
         self._out.write_text(json.dumps(self.data, indent=1) + "\n")
         return self.data["seconds"]
 
-    def closing(self) -> list[str]:
-        """The lines below a table: the machine, and what is missing or failed."""
+    def closing(self, figures: str = "medians of rounds") -> list[str]:
+        """The lines below a table: the machine, what the figures are, what is missing or failed."""
         data = self.data
         gpu = data["gpu"] or {"name": data["device_kind"], "driver": "none"}
-        lines = [f"{gpu['name']}, driver {gpu['driver']}; medians of rounds"]
+        lines = [f"{gpu['name']}, driver {gpu['driver']}; {figures}"]
         lines += [f"{name}: {status}" for name, status in data.get("peers", {}).items()]
         lines += data["notes"]
         lines += [f"failed: {what}" for what in data["failed"]]

@@ -7,13 +7,14 @@ hidden found again? At any lengths, whatever the run was trained at.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,19 @@ _RETRIEVAL: dict[Task, Callable[..., Example]] = {
 }
 # Tokens to predictions, [batch, length] each; argument 2: segment ids or None.
 Predict = Callable[[Any, Any], Any]
+
+
+class Asking(Protocol):
+    """How many questions are asked, as in `Settings`."""
+
+    @property
+    def depths(self) -> int: ...
+    @property
+    def samples(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def seed(self) -> int: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,12 +104,12 @@ def evaluate(settings: Settings, console: Console) -> dict[str, Any]:
     data = {length: _text(saved, settings, length) for length in dict.fromkeys(lengths)}
     tasks = _fitting(settings, data, console)
     if "loss" in tasks:
-        losses = _loss_function(saved)
+        losses = loss_function(saved.graphdef, saved.params)
         result["loss"] = {
             length: loss_by_position(losses, text, length) for length, text in data.items()
         }
         save_loss_by_position(out / "loss.png", result["loss"], saved.config.seq_len)
-    predict = _predict_function(saved)
+    predict = predict_function(saved.graphdef, saved.params)
     for task in tasks:
         if task in _RETRIEVAL:
             found = {
@@ -140,23 +154,25 @@ def _text(saved: SavedRun, settings: Settings, length: int) -> Batches:
     )
 
 
-def _loss_function(saved: SavedRun) -> Predict:
-    @jax.jit
-    def losses(params: Any, tokens: Any, ids: Any) -> Any:
-        logits = nnx.merge(saved.graphdef, params)(
-            tokens[:, :-1], None if ids is None else ids[:, :-1]
-        )
-        return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
-
-    return lambda tokens, ids: losses(saved.params, tokens, ids)
+def loss_function(graphdef: Any, params: Any) -> Predict:
+    """Nats of every token but the first; compiled once for parameters of equal shape."""
+    return functools.partial(_losses, graphdef, params)
 
 
-def _predict_function(saved: SavedRun) -> Predict:
-    @jax.jit
-    def predict(params: Any, tokens: Any) -> Any:
-        return jnp.argmax(nnx.merge(saved.graphdef, params)(tokens), axis=-1)
+def predict_function(graphdef: Any, params: Any) -> Predict:
+    """The likeliest next token at every position; compiled once, as `loss_function`."""
+    return functools.partial(_predict, graphdef, params)
 
-    return lambda tokens, ids: predict(saved.params, tokens)
+
+@functools.partial(jax.jit, static_argnums=0)
+def _losses(graphdef: Any, params: Any, tokens: Any, ids: Any) -> Any:
+    logits = nnx.merge(graphdef, params)(tokens[:, :-1], None if ids is None else ids[:, :-1])
+    return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _predict(graphdef: Any, params: Any, tokens: Any, ids: Any) -> Any:
+    return jnp.argmax(nnx.merge(graphdef, params)(tokens), axis=-1)
 
 
 def loss_by_position(losses: Predict, text: Batches, length: int) -> dict[str, Any]:
@@ -194,7 +210,7 @@ def accuracies(
     make: Callable[..., Example],
     text: Batches,
     length: int,
-    settings: Settings,
+    settings: Asking,
 ) -> dict[str, Any]:
     """Share of the questions at each depth whose answer greedy decoding would give in full."""
     haystack = _haystack(text)
