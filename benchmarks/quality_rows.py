@@ -27,7 +27,7 @@ class Mixture:
     Models find answers far away after they have learnt to from near: examples are short at first.
     """
 
-    share: float = 0.3
+    share: float = 0.5
     """Of the rows, those that hold retrieval examples."""
     shortest: int = 48
     """Tokens of the shortest example; their logarithms are uniform up to the longest."""

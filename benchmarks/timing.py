@@ -14,7 +14,7 @@ SHORT_SECONDS = 2e-3
 """Calls below it are timed on the device alone, without the gaps that the host leaves."""
 _MOST_SHORT_CALLS = 50
 _LOADING_SECONDS = 1
-_NAMED_KERNELS = 15
+_NAMED_KERNELS = 40
 
 
 def calls_of_group(once: float) -> int:
