@@ -161,7 +161,7 @@ class ModelConfig:
                 raise ValueError("dense_implementation='cudnn' needs dtype='bfloat16'")
         _check_choice(self, "remat", "none", "full", "attention")
         if (first := self.attention.dense_first) > self.num_layers:
-            raise ValueError(f"dense_first={first} layers are more than {self.num_layers=}")
+            raise ValueError(f"dense_first={first} is more than num_layers={self.num_layers}")
 
     @property
     def head_features(self) -> int:

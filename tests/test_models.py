@@ -224,11 +224,11 @@ def test_the_epsilon_reaches_every_norm():
 )
 def test_presets_have_the_size_of_their_name_without_the_vocabulary(name, parameters):
     # One layer is as big as another.
-    one, two = (
+    two, three = (
         sum(x.size for x in jax.tree.leaves(nnx.eval_shape(lambda c=config: make(c))))
-        for config in (dataclasses.replace(PRESETS[name], num_layers=layers) for layers in (1, 2))
+        for config in (dataclasses.replace(PRESETS[name], num_layers=layers) for layers in (2, 3))
     )
-    assert (two - one) * PRESETS[name].num_layers == pytest.approx(parameters, rel=0.05)
+    assert (three - two) * PRESETS[name].num_layers == pytest.approx(parameters, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -251,6 +251,7 @@ def test_presets_have_the_size_of_their_name_without_the_vocabulary(name, parame
         ({"dense_implementation": "flash"}, "dense_implementation='flash' must be one of cudnn"),
         ({"dense_implementation": "cudnn"}, "dense_implementation='cudnn' needs dtype='bfloat16'"),
         ({"remat": "layers"}, "remat='layers' must be one of none, full, attention"),
+        ({"attention": HybridConfig(dense_first=9)}, "dense_first=9 is more than num_layers=2"),
     ],
 )
 def test_a_model_refuses(change, message):
