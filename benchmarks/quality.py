@@ -30,7 +30,13 @@ from benchmarks.report import number
 from models.config import ModelConfig
 from train.batches import Batches, load_batches
 from train.config import OptimizerConfig, ReportConfig, TrainConfig
-from train.evaluate import accuracies, loss_by_position, loss_function, predict_function
+from train.evaluate import (
+    accuracies,
+    haystack_of,
+    loss_by_position,
+    loss_function,
+    predict_function,
+)
 from train.retrieval import associative_recall, passkey
 from train.shards import Shards, open_shards
 from train.step import abstract_state, make_optimizer, make_state, train_step
@@ -99,8 +105,13 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name in ("models", "seeds"):
-            if not getattr(self, name):
-                raise ValueError(f"{name} must name at least one")
+            if not (values := getattr(self, name)) or len(set(values)) < len(values):
+                raise ValueError(f"{name}={values!r} must name at least one, each once")
+        for name in ("seeds", "data_seed"):
+            if np.min(value := getattr(self, name)) < 0:
+                raise ValueError(f"{name}={value!r} must not be negative")
+        for base in self.evaluation.long_rope_bases:
+            _ = ModelConfig(rope_base=base)  # it checks that
         for name in ("steps", "batch_size", "length", "log_every"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name}={value!r} must be positive")
@@ -218,7 +229,9 @@ def held_out(settings: Settings, vocab_size: int) -> dict[int, Batches]:
             model=ModelConfig(vocab_size=vocab_size),
             report=ReportConfig(eval_batches=asked.batches),
         )
-        texts[length] = load_batches(config)
+        text = texts[length] = load_batches(config)
+        for task in (passkey, associative_recall):
+            task(haystack_of(text), length=length, depth=0.5, seed=asked.seed)
     return texts
 
 

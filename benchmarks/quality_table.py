@@ -20,6 +20,7 @@ from benchmarks.report import lined_up, number
 
 NEEDED = 0.9
 """Share of the passkeys that the dense model has to find where it was trained."""
+_SAME = ("gpu", "device_kind", "platform", "commit", "versions")  # or the table says otherwise
 _OWN = ("models", "seeds", "budget_s", "out", "data", "platform")  # what results may differ in
 
 
@@ -58,7 +59,23 @@ def merge(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         name: [what for result in results for what in result[name]]
         for name in ("failed", "not_measured")
     }
-    return first | together | {"rows": rows}
+    unlike = [
+        name for name in _SAME if any(other.get(name) != first.get(name) for other in results)
+    ]
+    notes = [f"results of several {', '.join(unlike)} are put together"] if unlike else []
+    return first | together | {"rows": rows, "notes": [*first["notes"], *notes]}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """Raises ValueError if the file is no result of `benchmarks.quality`; OSError."""
+    try:
+        data = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    needed = {"settings", "rows", "text", "failed", "not_measured", "notes"}
+    if not isinstance(data, dict) or not needed <= data.keys():
+        raise ValueError(f"{path} is not a result of benchmarks.quality")
+    return data
 
 
 def by_model(data: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
@@ -122,7 +139,8 @@ def table(data: dict[str, Any]) -> str:
         " blocks computed at the trained length, dense being 1."
     )
     failures = [f"{r['model']}, seed {r['seed']}: {r['error']}" for r in rows if r["error"]]
-    return "\n".join([lined_up(_lines(data)), legend, *failures, verdict(data)])
+    notes = data.get("notes", [])
+    return "\n".join([lined_up(_lines(data)), legend, *failures, *notes, verdict(data)])
 
 
 def _lines(data: dict[str, Any]) -> Iterator[list[str]]:
@@ -163,7 +181,9 @@ def _mean(values: list[float], text: Callable[[float], str]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     settings = tyro.cli(Settings, prog="python -m benchmarks.quality_table", args=arguments)
     try:
-        data = merge([json.loads(path.read_text()) for path in settings.results])
+        data = merge([read(path) for path in settings.results])
+        if settings.plots is not None and not by_model(data):
+            raise ValueError("no model ran to its end: there is nothing to draw")
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     print(table(data))

@@ -82,6 +82,8 @@ class Settings:
         for name in ("tokens", "rounds"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name}={value!r} must be positive")
+        for model in self.models:
+            _ = self.config(self.presets[0], self.lengths[0], model)  # it checks the rest
 
     def config(self, preset: str, length: int, attention: Attention) -> ModelConfig:
         hybrid = HybridConfig(

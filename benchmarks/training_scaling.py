@@ -61,6 +61,9 @@ class Settings:
         for name in ("length", "batch", "losses", "steps", "rounds"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"{name}={value!r} must be positive")
+        if not self.ways or len(set(self.ways)) < len(self.ways):
+            raise ValueError(f"ways={self.ways!r} must name at least one, each once")
+        _ = self.config()  # the model checks the rest
 
     def config(self, **shared: Any) -> TrainConfig:
         """bfloat16 on bytes; attention is kept and all else recomputed, so that several fit."""
@@ -93,7 +96,8 @@ def stepper(config: TrainConfig, first: TrainState) -> Steps:
     """Goes on from the state that the last call left, on rows that are the same for every config.
 
     Raises:
-      ValueError: the devices do not divide the rows or the model.
+      ValueError: the devices do not divide the rows or the model. FloatingPointError, by what it
+        returns: a loss is not finite.
     """
     check_devices(config)
     program = make_program(config, make_optimizer(config.optimizer, config.steps))
@@ -106,7 +110,10 @@ def stepper(config: TrainConfig, first: TrainState) -> Steps:
             tokens = rng.integers(0, config.model.vocab_size, shape, np.int32)
             state[0], metrics = program.train_step(state[0], {"tokens": tokens})
             losses.append(metrics.loss)
-        return [float(loss) for loss in losses]
+        found = [float(loss) for loss in losses]
+        if not np.isfinite(found).all():
+            raise FloatingPointError(f"losses that are not finite: {found}")
+        return found
 
     return steps
 

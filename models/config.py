@@ -160,7 +160,8 @@ class ModelConfig:
             if self.dtype == "float32":
                 raise ValueError("dense_implementation='cudnn' needs dtype='bfloat16'")
         _check_choice(self, "remat", "none", "full", "attention")
-        if (first := self.attention.dense_first) > self.num_layers:
+        first = 0 if self.attention.kind == "dense" else self.attention.dense_first
+        if first > self.num_layers:
             raise ValueError(f"dense_first={first} is more than num_layers={self.num_layers}")
 
     @property

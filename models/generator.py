@@ -52,7 +52,7 @@ class GeneratorConfig:
     """Tokens of a prompt that are taken in at a time; by default all. A later chunk lays the cache
     out for all of max_length, a layer at a time."""
     steps: int = 16
-    """Tokens that are decoded before any are looked at."""
+    """Tokens that are decoded before any are looked at; as many turns run, even for fewer."""
 
     def __post_init__(self) -> None:
         for name in ("max_length", "rows", "pages", "chunk", "steps"):

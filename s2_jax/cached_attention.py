@@ -21,10 +21,9 @@ from s2_jax.cache_checks import check_new
 from s2_jax.cache_lists import Queries
 from s2_jax.checks import Call, check_call, check_implementation, check_lengths
 from s2_jax.contiguous_cache import ContiguousCache
-from s2_jax.cudnn import cudnn_step
+from s2_jax.cudnn import can_step, cudnn_step
 from s2_jax.decode_reference import reference_decode
 from s2_jax.evicting_cache import EvictingCache
-from s2_jax.pieces import Dense
 from s2_jax.structure import boolean
 
 Cache = TypeVar("Cache", bound=ContiguousCache | EvictingCache)
@@ -131,10 +130,10 @@ def _extend(
     counts = step < lengths[:, None]
     # cuDNN takes whole prompts and single tokens alone.
     later = None if implementation == "cudnn" else implementation
-    plain = isinstance(cache.pattern, Dense) and call.logits_soft_cap is None
+    by_cudnn = implementation == "cudnn" and new == 1 and can_step(call) and not grown.paged
     if first or not new:
         out = attend(call.query, call.key, call.value, key_value_seq_lengths=padded)
-    elif implementation == "cudnn" and new == 1 and plain and not grown.paged:
+    elif by_cudnn:
         seen = jnp.where(counts[:, 0], jnp.minimum(position[:, 0] + 1, cache.max_length), 0)
         out = cudnn_step(call, grown.key, grown.value, seen)
     elif new <= _DECODE_AT_MOST:

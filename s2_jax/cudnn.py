@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import sequential_vmap
 
 from s2_jax.checks import Call
 from s2_jax.pieces import Dense
@@ -28,7 +29,7 @@ def check_cudnn(call: Call, *, return_lse: bool) -> None:
 
 
 def cudnn_attention(call: Call) -> jax.Array:
-    """Output `[batch, q_len, heads, value_dim]`; zeros for padded queries."""
+    """Output `[batch, q_len, heads, value_dim]`; zeros for queries that see nothing."""
     arrays, length = [call.query, call.key, call.value], call.query.shape[1]
     lengths = [call.query_seq_lengths, call.key_value_seq_lengths]
     if length % 2:  # JAX has the gradient for even ones alone
@@ -39,28 +40,58 @@ def cudnn_attention(call: Call) -> jax.Array:
         *arrays,
         scale=call.scale,
         is_causal=call.pattern.causal,
-        query_seq_lengths=lengths[0],
-        key_value_seq_lengths=lengths[1],
+        query_seq_lengths=_mapped_as(call.query, lengths[0]),
+        key_value_seq_lengths=_mapped_as(call.query, _at_least_one(lengths[1])),
         implementation="cudnn",
     )[:, :length]
-    if call.query_seq_lengths is None:
-        return out
     row = jnp.arange(length, dtype=jnp.int32)[None]
-    counts = row < call.query_seq_lengths[:, None]
-    return jnp.where(counts[:, :, None, None], out, 0)
+    counts = None
+    if call.query_seq_lengths is not None:
+        counts = row < call.query_seq_lengths[:, None]
+    if call.key_value_seq_lengths is not None:
+        some = call.key_value_seq_lengths[:, None] > 0
+        counts = some if counts is None else counts & some
+    return out if counts is None else jnp.where(counts[:, :, None, None], out, 0)
 
 
 def cudnn_step(call: Call, keys: jax.Array, values: jax.Array, seen: jax.Array) -> jax.Array:
     """One new token a sequence, which sees the first `seen` keys; zeros where those are none.
 
-    keys, values: `[batch, length, kv_heads, dim]`. seen: int32 `[batch]`.
+    keys, values: `[batch, length, kv_heads, dim]`. seen: int32 `[batch]`. Unlike the kernels, cuDNN
+    may multiply values past `seen` by zero: they must be finite.
     """
-    out = jax.nn.dot_product_attention(
-        call.query,
-        keys,
-        values,
-        scale=call.scale,
-        key_value_seq_lengths=jnp.maximum(seen, 1),
-        implementation="cudnn",
-    )
+
+    @sequential_vmap
+    def attend(query: jax.Array, keys: jax.Array, values: jax.Array, seen: jax.Array) -> jax.Array:
+        return jax.nn.dot_product_attention(
+            query,
+            keys,
+            values,
+            scale=call.scale,
+            key_value_seq_lengths=_at_least_one(seen),
+            implementation="cudnn",
+        )
+
+    out = attend(call.query, keys, values, seen)
     return jnp.where((seen > 0)[:, None, None, None], out, 0)
+
+
+def can_step(call: Call) -> bool:
+    """Whether `cudnn_step` computes what a call with one new token asks for."""
+    return (
+        isinstance(call.pattern, Dense)
+        and call.logits_soft_cap is None
+        and call.query.dtype in (jnp.bfloat16, jnp.float16)
+    )
+
+
+def _at_least_one(lengths: jax.Array | None) -> jax.Array | None:
+    """cuDNN does not say what it makes of no keys."""
+    return None if lengths is None else jnp.maximum(lengths, 1)
+
+
+def _mapped_as(query: jax.Array, lengths: jax.Array | None) -> jax.Array | None:
+    """The same lengths, mapped by `vmap` where the query is, as JAX's rule for cuDNN has it."""
+    if lengths is None:
+        return None
+    return jnp.where(query[:, 0, 0, 0] > 0, lengths, lengths)

@@ -156,3 +156,77 @@ def test_what_is_recomputed_leaves_it_out(remat, times, monkeypatch):
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     found = [text.count(f"custom_call @__cudnn$fmhaSoftmax{end}(") for end in ("", "Backward")]
     assert found == [times * config.num_layers, config.num_layers]
+
+
+def test_a_step_in_float32_is_left_to_the_kernels(cudnn):
+    query, key, value = (x[:, :1] for x in inputs(dtype="float32"))
+    cache = ContiguousCache.create(
+        DENSE, batch=2, max_length=64, num_heads=4, num_kv_heads=2, head_dim=64, dtype="float32"
+    )
+    out, _ = cached_attention(query, key, value, cache, implementation="cudnn")
+    np.testing.assert_allclose(out, jnp.repeat(value, 2, axis=2), rtol=1e-5)
+
+
+@pytest.fixture
+def lower_for_cuda(monkeypatch):
+    """With JAX's own rules for cuDNN, on a machine without it."""
+    monkeypatch.setattr(lowering, "target_platform", lambda: "gpu")
+    monkeypatch.setattr(lowering, "compute_capability", lambda: 90)
+    for name, answer in {
+        "check_cudnn_version": 91200,
+        "check_compute_capability": True,
+        "is_cuda_compute_capability_equal": False,
+    }.items():
+        monkeypatch.setattr(fused_attention_stablehlo, name, lambda *_, answer=answer: answer)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield (
+            lambda function, *arrays: (
+                jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",))
+            )
+        )
+
+
+@pytest.mark.parametrize("length", [36, 37])
+@pytest.mark.parametrize("lengths", [None, (20, 7)])
+def test_vmap_maps_what_jax_wants_mapped(lower_for_cuda, length, lengths):
+    if lengths is not None:
+        lengths = jnp.asarray(lengths, jnp.int32)
+
+    def attend(*arrays):
+        out = s2_jax.s2_attention(
+            *arrays, DENSE, implementation="cudnn", query_seq_lengths=lengths,
+            key_value_seq_lengths=lengths,
+        )  # fmt: skip
+        return jnp.square(out).sum()
+
+    arrays = [jnp.stack([x] * 3) for x in inputs(length)]
+    lower_for_cuda(jax.vmap(jax.grad(attend)), *arrays)
+
+
+@pytest.mark.parametrize("cache_axis", [0, None])
+def test_a_step_under_vmap(lower_for_cuda, cache_axis):
+    cache = ContiguousCache.create(
+        DENSE, batch=2, max_length=64, num_heads=4, num_kv_heads=2, head_dim=64
+    )
+    if cache_axis == 0:
+        cache = jax.tree.map(lambda x: jnp.stack([x] * 3), cache)
+    arrays = [jnp.stack([x[:, :1]] * 3) for x in inputs()]
+
+    def step(*arguments):
+        return cached_attention(*arguments, implementation="cudnn")
+
+    lower_for_cuda(jax.vmap(step, in_axes=(0, 0, 0, cache_axis)), *arrays, cache)
+
+
+def test_sequences_without_keys_give_zeros(cudnn):
+    lengths = jnp.asarray([37, 0], jnp.int32)
+
+    def out(*arrays):
+        return s2_jax.s2_attention(
+            *arrays, DENSE, implementation="cudnn", key_value_seq_lengths=lengths
+        )
+
+    assert not np.asarray(out(*inputs())[1]).any()
+    gradients = jax.grad(lambda *arrays: out(*arrays).astype(jnp.float32).sum(), (0, 1, 2))
+    for gradient in gradients(*inputs()):
+        assert not np.asarray(gradient[1]).any()

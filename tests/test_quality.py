@@ -184,8 +184,30 @@ def test_results_are_put_together(run, capsys, tmp_path):
     }  # fmt: skip
     with pytest.raises(SystemExit, match="more than one result of dense, seed 0"):
         quality_table.main([str(one), str(one)])
+    assert quality_table.merge([first, second])["notes"] == []
+    elsewhere = quality_table.merge([first, second | {"commit": "other"}])
+    assert elsewhere["notes"] == ["results of several commit are put together"]
     with pytest.raises(ValueError, match="the results differ in steps"):
         quality_table.merge([first, second | {"settings": second["settings"] | {"steps": 3}}])
+
+
+def test_questions_that_do_not_fit_are_found_before_training(run):
+    with pytest.raises(ValueError, match="length=20 must be from"):
+        run("a.json", "--models dense --evaluation.lengths 256 20")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "wrong.json is not JSON"),
+        ("[]", "wrong.json is not a result of benchmarks.quality"),
+        ('{"rows": []}', "wrong.json is not a result of benchmarks.quality"),
+    ],
+)
+def test_files_that_are_no_results(text, message, tmp_path):
+    (tmp_path / "wrong.json").write_text(text)
+    with pytest.raises(SystemExit, match=message):
+        quality_table.main([str(tmp_path / "wrong.json")])
 
 
 def test_what_passes_is_said():
@@ -208,7 +230,11 @@ def test_a_loss_that_is_not_finite_ends_a_cell():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"seeds": ()}, "seeds must name at least one"),
+        ({"seeds": ()}, r"seeds=\(\) must name at least one, each once"),
+        ({"seeds": (1, 1)}, r"seeds=\(1, 1\) must name at least one, each once"),
+        ({"seeds": (-1,)}, r"seeds=\(-1,\) must not be negative"),
+        ({"data_seed": -1}, "data_seed=-1 must not be negative"),
+        ({"evaluation": quality.Evaluation(long_rope_bases=(0.5,))}, "rope_base=0.5"),
         ({"steps": 0}, "steps=0 must be positive"),
         ({"length": 32}, "shortest=48 must be at most length=32"),
     ],

@@ -42,3 +42,18 @@ def test_a_way_that_does_not_divide_is_lost_alone(tmp_path):
     assert "data: " in result["failed"][0]
     assert "batch_size=4 must be a multiple of 8" in result["failed"][0]
     assert [row["way"] for row in result["rows"]] == ["tensor"]
+
+
+def test_losses_that_are_not_finite_are_a_failure(tmp_path, monkeypatch):
+    draw = training_scaling.first_state
+    broken = lambda config: jax.tree.map(lambda x: x * float("nan"), draw(config))  # noqa: E731
+    monkeypatch.setattr(training_scaling, "first_state", broken)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        training_scaling.main([*SMALL.split(), "--out", str(tmp_path / "out.json")])
+
+
+def test_settings_that_are_refused():
+    with pytest.raises(ValueError, match=r"ways=\(\) must name at least one"):
+        training_scaling.Settings(ways=())
+    with pytest.raises(ValueError, match="local_blocks"):
+        training_scaling.Settings(local_blocks=0)

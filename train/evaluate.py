@@ -131,7 +131,9 @@ def _fitting(settings: Settings, data: dict[int, Batches], console: Console) -> 
         try:
             for length, text in data.items():
                 if task in _RETRIEVAL:
-                    _RETRIEVAL[task](_haystack(text), length=length, depth=0.5, seed=settings.seed)
+                    _RETRIEVAL[task](
+                        haystack_of(text), length=length, depth=0.5, seed=settings.seed
+                    )
         except ValueError as error:
             if settings.tasks:
                 raise ValueError(f"{task}: {error}; `--tasks loss` works at any length") from error
@@ -141,7 +143,7 @@ def _fitting(settings: Settings, data: dict[int, Batches], console: Console) -> 
     return tuple(chosen)
 
 
-def _haystack(text: Batches) -> Haystack:
+def haystack_of(text: Batches) -> Haystack:
     return Haystack(text.validation["tokens"].reshape(-1), text.tokenizer)
 
 
@@ -213,7 +215,7 @@ def accuracies(
     settings: Asking,
 ) -> dict[str, Any]:
     """Share of the questions at each depth whose answer greedy decoding would give in full."""
-    haystack = _haystack(text)
+    haystack = haystack_of(text)
     depths = np.linspace(0, 1, settings.depths)
     right = []
     for number, depth in enumerate(depths):
