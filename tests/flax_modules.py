@@ -6,6 +6,7 @@ import numpy as np
 
 import s2_jax
 
+BATCH, LENGTH = 2, 53
 BLOCK = 16
 PATTERN = s2_jax.local_stride(1, 3, block_size=BLOCK)
 DENSE = s2_jax.dense(block_size=BLOCK)

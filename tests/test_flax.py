@@ -14,7 +14,9 @@ import s2_jax.linen
 import s2_jax.nnx
 from s2_jax.adapter import attention_fn
 from tests.flax_modules import (
+    BATCH,
     DENSE,
+    LENGTH,
     PATTERN,
     assert_close,
     assert_trains,
@@ -25,7 +27,7 @@ from tests.flax_modules import (
     projected,
 )
 
-BATCH, LENGTH, WIDTH, HEADS, HEAD_DIM = 2, 53, 35, 5, 7
+WIDTH, HEADS, HEAD_DIM = 35, 5, 7
 
 
 @pytest.fixture(name="x")

@@ -13,8 +13,10 @@ import s2_jax.linen
 import s2_jax.nnx
 from s2_jax.rope import rotate
 from tests.flax_modules import (
+    BATCH,
     BLOCK,
     DENSE,
+    LENGTH,
     PATTERN,
     assert_close,
     assert_trains,
@@ -25,7 +27,6 @@ from tests.flax_modules import (
     projected,
 )
 
-BATCH, LENGTH = 2, 53
 WIDE, QUERY_HEADS, KV_HEADS, DIM = 11, 6, 3, 10
 
 

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 from s2_jax.rope import positions_from, rotate
-from tests.test_flax import BATCH, DIM, LENGTH, assert_close, normal
+from tests.flax_modules import BATCH, LENGTH, assert_close, normal
+
+DIM = 10
 
 
 def test_rotation_of_one_pair():
