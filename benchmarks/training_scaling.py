@@ -37,6 +37,8 @@ class Settings:
     """A preset's shape with local_stride(local_blocks, vert_stride), and rows of a step."""
 
     preset: str = "350m"
+    layers: int | None = None
+    """Of the preset's shape; by default as many as it has."""
     length: int = 8192
     batch: int = 4
     local_blocks: int = 8
@@ -58,8 +60,8 @@ class Settings:
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
             raise ValueError(f"preset={self.preset!r} must be one of {', '.join(PRESETS)}")
-        for name in ("length", "batch", "losses", "steps", "rounds"):
-            if (value := getattr(self, name)) < 1:
+        for name in ("layers", "length", "batch", "losses", "steps", "rounds"):
+            if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name}={value!r} must be positive")
         if not self.ways or len(set(self.ways)) < len(self.ways):
             raise ValueError(f"ways={self.ways!r} must name at least one, each once")
@@ -71,9 +73,10 @@ class Settings:
             block_size=self.block_size, local_blocks=self.local_blocks,
             vert_stride=self.vert_stride,
         )  # fmt: skip
+        preset = PRESETS[self.preset]
         model = dataclasses.replace(
-            PRESETS[self.preset], vocab_size=256, dtype="bfloat16", remat="attention",
-            scan_layers=True, attention=hybrid,
+            preset, num_layers=self.layers or preset.num_layers, vocab_size=256, dtype="bfloat16",
+            remat="attention", scan_layers=True, attention=hybrid,
         )  # fmt: skip
         return TrainConfig(
             steps=1000, batch_size=self.batch, seq_len=self.length, model=model, **shared

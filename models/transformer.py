@@ -81,8 +81,9 @@ class Block(nnx.Module):
     def __call__(
         self, x: Float[Array, "b l d"], segment_ids: Int[Array, "b l"] | None = None
     ) -> Float[Array, "b l d"]:
-        x = x + self.attention(self.attention_norm(x), segment_ids=segment_ids)
-        return x + self.mlp(self.mlp_norm(x))
+        attended = self.attention(gather(self.attention_norm(x)), segment_ids=segment_ids)
+        x = x + scatter(attended)
+        return x + scatter(self.mlp(gather(self.mlp_norm(x))))
 
     def extend(
         self,
@@ -143,12 +144,12 @@ class Transformer(nnx.Module):
         call = _recomputing(self.remat)
 
         def apply(block: Block, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
-            return batch_first(call(block, x, segment_ids))
+            return call(block, x, segment_ids)
 
-        x = batch_first(x)
+        x = scatter(x)
         for segment in self.segments:
             x = scan_layers(self.blocks, segment, apply, x)
-        return self.norm(x)
+        return gather(self.norm(x))
 
     def extend(
         self,
@@ -190,13 +191,31 @@ class Transformer(nnx.Module):
         return logits.astype(jnp.float32)
 
 
-def batch_first(x: Float[Array, "b ..."]) -> Float[Array, "b ..."]:
-    """The same, split over the mesh in scope by batch alone: parameters come to where rows are.
+def gather(x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+    """From the residual stream, which lies split by tokens over axis tensor, to whole rows.
 
-    The mesh that `jax.set_mesh` put in scope may have axes data and fsdp; without, nothing changes.
+    Over data and fsdp it is split by batch: parameters come to where rows are. The mesh is the one
+    that `jax.set_mesh` put in scope; without, nothing changes.
     """
-    axes = tuple(axis for axis in ("data", "fsdp") if axis in get_abstract_mesh().axis_names)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(axes)) if axes else x
+    return _split(_split(x, "tensor"))  # both, so that gradients go the same way back
+
+
+def scatter(x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+    """From whole rows to the residual stream.
+
+    What is computed token by token between two products is shared out then too, and a sum over the
+    axis brings every device its tokens alone (sequence parallelism, arXiv 2205.05198).
+    """
+    return _split(_split(x), "tensor")
+
+
+def _split(x: Array, *axes: str) -> Array:
+    there = get_abstract_mesh().axis_names
+    batch = tuple(axis for axis in ("data", "fsdp") if axis in there)
+    rest = [axis for axis in axes if axis in there]
+    if not batch and not rest:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(batch, *rest))
 
 
 def _recomputing(remat: Remat) -> Callable[..., Array]:

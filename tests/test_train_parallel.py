@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from functools import partial
 
 import jax
 import numpy as np
@@ -12,14 +13,15 @@ from models import HybridConfig, ModelConfig
 from train import step
 from train.config import MeshConfig, OptimizerConfig, TrainConfig
 from train.parallel import check_devices, make_program
-from train.step import abstract_state, make_optimizer, make_state, summed_loss
+from train.sharding import make_mesh, shardings
+from train.step import abstract_state, make_optimizer, make_state, summed_loss, train_step
 
 MODEL = ModelConfig(
     num_layers=2, width=16, num_heads=4, num_kv_heads=2, mlp_width=24,
     attention=HybridConfig(dense_first=1, block_size=16, local_blocks=1, vert_stride=2),
 )  # fmt: skip
 CONFIG = TrainConfig(
-    steps=20, batch_size=8, seq_len=40, model=MODEL, optimizer=OptimizerConfig(learning_rate=0.01)
+    steps=20, batch_size=8, seq_len=39, model=MODEL, optimizer=OptimizerConfig(learning_rate=0.01)
 )
 EIGHT = MeshConfig(data=2, fsdp=2, tensor=2)
 
@@ -104,6 +106,27 @@ def test_parameters_and_moments_are_split_by_rule():
         assert x.addressable_shards[0].data.size * 4 == x.size, name
     [query] = [x for name, x in by_name.items() if re.search(r"params.*0.*'query'", name)]
     assert query.addressable_shards[0].data.shape == (8, 2, 4)  # half the width, half the heads
+
+
+def test_tokens_are_shared_out_between_products():
+    """Over the axis tensor the residual stream lies split by tokens, all else by heads or units."""
+    config = dataclasses.replace(CONFIG, seq_len=40, mesh=MeshConfig(tensor=2))
+    optimizer = make_optimizer(config.optimizer, config.steps)
+    graphdef, like = abstract_state(MODEL, optimizer)
+    mesh = make_mesh(config.mesh)
+    lie = shardings(mesh, like)
+    like = jax.tree.map(
+        lambda x, to: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=to), like, lie
+    )
+    one = partial(train_step, graphdef=graphdef, optimizer=optimizer)
+    batch = {"tokens": jax.ShapeDtypeStruct((8, 41), np.int32)}
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(one, out_shardings=(lie, None)).lower(like, batch).compile()
+    text = compiled.as_text()
+    assert "all-to-all" not in text  # what is split by heads stays so
+    norms = [line for line in text.splitlines() if "rsqrt(" in line and "f32[8," in line]
+    assert norms
+    assert all("f32[8,20" in line for line in norms)  # half of the 40 tokens
 
 
 def test_a_step_keeps_the_state_where_it_is():
