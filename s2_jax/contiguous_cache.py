@@ -107,7 +107,7 @@ class ContiguousCache:
         step = jnp.arange(key.shape[1], dtype=jnp.int32)[None]
         position = self.length[:, None] + step
         fits = (step < lengths[:, None]) & (position < self.max_length)
-        row = jnp.where(fits, position, self.key.shape[1])
+        row = jnp.where(fits, position, self.key.shape[1] + step)
         return dataclasses.replace(
             self,
             key=write_rows(self.key, row, key),
@@ -163,9 +163,9 @@ class ContiguousCache:
 def write_rows(
     storage: Float[Array, "rows *rest"], row: Int[Array, " new"], new: Float[Array, "new *rest"]
 ) -> Float[Array, "rows *rest"]:
-    """Rows of each sequence replaced; those past the end are left out.
+    """Rows of each sequence replaced, no two of them the same; those past the end are left out.
 
     Here and elsewhere by vmap, so that a mesh which splits sequences and heads need not exchange
-    anything.
+    anything; and with unique indices, so that a GPU need not write atomically.
     """
-    return storage.at[row].set(new, mode="drop")
+    return storage.at[row].set(new, mode="drop", unique_indices=True)

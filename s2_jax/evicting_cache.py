@@ -199,12 +199,15 @@ class EvictingCache:
         size = self.pattern.block_size
         page = self._page_of(table, position // size, kv_heads)
         fits = (step < lengths[:, None]) & (position < self.max_length)
-        page = jnp.where(fits[:, None] & (page >= 0), page, self.key.shape[1])
+        # One place for each that is left out, so that no index comes twice.
+        nowhere = self.key.shape[1] + jnp.arange(position.size, dtype=jnp.int32)
+        nowhere = nowhere.reshape(position.shape)[:, None]
+        page = jnp.where(fits[:, None] & (page >= 0), page, nowhere)
 
         # By vmap, so that a mesh which splits the heads need not exchange anything.
         @functools.partial(jax.vmap, in_axes=(0, 1, 2))
         def write(pages: Array, page: Array, new: Array) -> Array:
-            return pages.at[page, position % size].set(new, mode="drop")
+            return pages.at[page, position % size].set(new, mode="drop", unique_indices=True)
 
         return dataclasses.replace(
             self,
@@ -235,7 +238,7 @@ class EvictingCache:
         step = jnp.arange(key.shape[1], dtype=jnp.int32)[None]
         position = self.length[:, None] + step
         fits = (step < lengths[:, None]) & (position < self.max_length)
-        row = jnp.where(fits, position, blocks * size)
+        row = jnp.where(fits, position, blocks * size + step)
 
         def by_position(pages: Array, new: Array) -> Array:
             held = jax.vmap(lambda pages, page: pages[page], (0, 1), 1)(pages, page)
