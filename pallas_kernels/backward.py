@@ -67,8 +67,8 @@ def s2_dq_kernel(
             grad_scores *= slope
         return grad_scores.astype(key.dtype), key
 
-    def add(positions: jax.Array, bits: jax.Array | None, dq: jax.Array) -> jax.Array:
-        return add_dot(dq, *grads_of_scores(positions, bits, None))
+    def add(turn: Turn, bits: jax.Array | None, dq: jax.Array) -> jax.Array:
+        return add_dot(dq, *grads_of_scores(turn.positions, bits, None))
 
     def add_plain(turns: list[Turn], dq: jax.Array) -> jax.Array:
         for pair in [grads_of_scores(turn.positions, None, turn.exists) for turn in turns]:
@@ -101,9 +101,10 @@ def s2_dkv_kernel(
     first, last = program.q_limits()
 
     def accumulate(
-        member: Any, positions: jax.Array, bits: jax.Array | None, carry: tuple[jax.Array, ...]
+        first_member: Any, turn: Turn, bits: jax.Array | None, carry: tuple[jax.Array, ...]
     ) -> tuple[jax.Array, ...]:
-        dk, dv = carry
+        (positions, _, member), (dk, dv) = turn, carry
+        member += first_member
         rows, inside, mask = positions - offset, None, None
         if bits is not None:
             inside = (positions >= first) & (positions < last)
@@ -127,18 +128,22 @@ def s2_dkv_kernel(
         dk = add_dot(dk, grad_scores.astype(query.dtype), query)
         return dk, dv
 
-    def add_member(member: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        row = program.row(first_head + member, program.rank)
-        walk = Walk(named, row, meta, tile.span, backwards=True)
-        body = functools.partial(accumulate, member)
-        carry, _ = walk.plain(lambda turns, carry: body(turns[0].positions, None, carry), carry)
+    def add_members(first: Any, members: int, carry: tuple[jax.Array, ...]) -> Any:
+        """Of heads that share their lists."""
+        row = program.row(first_head + first, program.rank)
+        walk = Walk(named, row, meta, tile.span, backwards=True, members=members)
+        body = functools.partial(accumulate, first)
+        carry, _ = walk.plain(lambda turns, carry: body(turns[0], None, carry), carry)
         return walk.masked(body, carry)
 
     zeros = (
         jnp.zeros((block_kv, dim), jnp.float32),
         jnp.zeros((block_kv, value_dim), jnp.float32),
     )
-    dk, dv = add_member(0, zeros) if group == 1 else lax.fori_loop(0, group, add_member, zeros)
+    if group == 1 or meta.shared:
+        dk, dv = add_members(0, group, zeros)
+    else:
+        dk, dv = lax.fori_loop(0, group, lambda head, sums: add_members(head, 1, sums), zeros)
     if "kv_length" in named:  # padding saw queries, without a mask
         counts = (tile.positions < program.kv_limits()[1])[:, None]
         dk, dv = (jnp.where(jnp.broadcast_to(counts, x.shape), x, 0.0) for x in (dk, dv))

@@ -34,6 +34,7 @@ MAX_COUNT = (1 << COUNT_BITS) - 1
         "rows",
         "whole",
         "heads_first",
+        "shared",
     ],
 )
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +76,7 @@ class BlockLists:
     rows: int
     whole: bool
     heads_first: bool
+    shared: bool
 
     @property
     def arrays(self) -> dict[str, jax.Array]:

@@ -43,7 +43,8 @@ def s2_forward_kernel(
     mask = program.mask(tile.positions, program.ids("q_ids", tile.rows, tile.exists))
     first, last = program.kv_limits()
 
-    def attend(positions: jax.Array, bits: jax.Array | None, carry: Softmax) -> Softmax:
+    def attend(turn: Turn, bits: jax.Array | None, carry: Softmax) -> Softmax:
+        positions = turn.positions
         inside: Any = None if bits is None else (positions >= first) & (positions < last)
         key = load_rows(k_ref, positions, dim, inside)
         scores = settings.scores(dot(query, key, transpose_b=True))

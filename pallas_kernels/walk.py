@@ -18,7 +18,7 @@ from jax import lax
 from pallas_kernels.block_lists import COUNT_BITS, MAX_COUNT, BlockLists
 
 Carry = TypeVar("Carry")
-MaskedBody = Callable[[jax.Array, jax.Array | None, Carry], Carry]
+MaskedBody = Callable[["Turn", jax.Array | None, Carry], Carry]
 Part = Literal["inner", "outer"]
 _RUNS_AT_ONCE = 4
 
@@ -34,6 +34,7 @@ class ListMeta:
     rows: int
     whole: bool
     holds_queries: bool
+    shared: bool
 
     @classmethod
     def of(cls, lists: BlockLists) -> ListMeta:
@@ -62,11 +63,12 @@ class Turn(NamedTuple):
     """A tile that one turn of a loop takes: int32 `[tile]` positions along the walked axis.
 
     exists: None, or False where the tiles do not fill the turn. Its positions are then those of
-    another tile, whose weights must be made zeros.
+    another tile, whose weights must be made zeros. member: which of the heads that share the list.
     """
 
     positions: jax.Array
-    exists: jax.Array | None
+    exists: jax.Array | None = None
+    member: jax.Array | int = 0
 
 
 class _Run(NamedTuple):
@@ -89,7 +91,8 @@ class Walk:
     """The list of one row, for a kernel to walk.
 
     refs: of `BlockLists`, by name. span: what of the row matters; None: all of it. backwards:
-    last tile of the runs first.
+    last tile of the runs first. members: heads that walk it, tile by tile one after the other, in
+    the same loop: one around it would take registers.
     """
 
     refs: dict[str, Any]
@@ -97,6 +100,7 @@ class Walk:
     meta: ListMeta
     span: Span | None
     backwards: bool = False
+    members: int = 1
 
     def plain(
         self, body: Callable[[list[Turn], Carry], Carry], carry: Carry, unroll: int = 1
@@ -108,7 +112,7 @@ class Walk:
         return self._runs("inner", body, carry, unroll)
 
     def masked(self, body: MaskedBody[Carry], carry: Carry) -> Carry:
-        """Calls `body(positions, bits, carry)` for every other tile.
+        """Calls `body(turn, bits, carry)` for every other tile.
 
         bits: None where no mask is needed after all; otherwise int32 [tile], which parts of the
         fixed tile see the position (positions that do not exist are negative, or past the end).
@@ -132,7 +136,7 @@ class Walk:
         bits = None
         if self.span is not None:
             bits = jnp.full((self.meta.tile,), self.meta.everyone, jnp.int32)
-        return lambda turns, carry: body(turns[0].positions, bits, carry)
+        return lambda turns, carry: body(turns[0], bits, carry)
 
     def _runs(
         self,
@@ -159,22 +163,25 @@ class Walk:
                 ends.append(ends[-1] + run.tiles)
 
             def turn(i: jax.Array, exists: jax.Array | None) -> Turn:
+                i, member = self._of_member(i)
                 i = ends[-1] - 1 - i if self.backwards else i
                 unit, step = runs[0].unit(i, meta.group), runs[0].step
                 for run, end in zip(runs[1:], ends[:-1], strict=True):
                     unit = jnp.where(i >= end, run.unit(i - end, meta.group), unit)
                     step = jnp.where(i >= end, run.step, step)
-                return Turn(_positions(unit, step, meta), exists)
+                return Turn(_positions(unit, step, meta), exists, member)
+
+            number = ends[-1] * self.members
 
             def visit(i: jax.Array, carry: Carry) -> Carry:
                 first = i * unroll
                 turns = [turn(first, None)]
                 for place in range(1, unroll):
-                    exists = first + place < ends[-1]
+                    exists = first + place < number
                     turns.append(turn(jnp.where(exists, first + place, first), exists))
                 return body(turns, carry)
 
-            carry = lax.fori_loop(0, _turns(ends[-1], unroll), visit, carry)
+            carry = lax.fori_loop(0, _turns(number, unroll), visit, carry)
             return carry, taken + ends[-1]
 
         if meta.max_runs <= _RUNS_AT_ONCE:
@@ -193,18 +200,27 @@ class Walk:
         lane = lax.iota(jnp.int32, meta.tile)
 
         def visit(i: jax.Array, carry: Carry) -> Carry:
+            i, member = self._of_member(i)
             begin = start + i * meta.group
             entry = _entries(partial, begin, stop, lane, meta)
             positions = (entry >> meta.rows) * meta.unit + lax.rem(lane, np.int32(meta.unit))
-            bits = entry & meta.everyone
+            bits, turn = entry & meta.everyone, Turn(positions, member=member)
             if span is None:
-                return body(positions, bits, carry)
+                return body(turn, bits, carry)
             first = partial[begin] >> meta.rows
             last = partial[jnp.minimum(begin + meta.group, stop) - 1] >> meta.rows
             matters = (last >= span.start) & (first < span.stop)
-            return lax.cond(matters, lambda c: body(positions, bits, c), lambda c: c, carry)
+            return lax.cond(matters, lambda c: body(turn, bits, c), lambda c: c, carry)
 
-        return lax.fori_loop(0, _turns(stop - start, meta.group), visit, carry)
+        number = _turns(stop - start, meta.group) * self.members
+        return lax.fori_loop(0, number, visit, carry)
+
+    def _of_member(self, i: jax.Array) -> tuple[jax.Array, jax.Array | int]:
+        """The tile and the member of a turn."""
+        if self.members == 1:
+            return i, 0
+        members = np.int32(self.members)
+        return lax.div(i, members), lax.rem(i, members)
 
 
 def _turns(number: jax.Array, at_once: int) -> jax.Array:

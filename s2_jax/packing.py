@@ -45,6 +45,7 @@ def pack(heads: list[HeadLists], geometry: Geometry) -> BlockLists:
         rows=rows,
         whole=bool(parts.min() >= 0 and (parts.max() + 1) * geometry.part <= length),
         heads_first=_long_rows_matter(heads, geometry),
+        shared=geometry.fixed == "kv" and geometry.any_order,
     )
     for array in (lists.order, lists.run_start, lists.runs, lists.partial_start, lists.partial):
         array.flags.writeable = False
