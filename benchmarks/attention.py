@@ -108,7 +108,7 @@ def run(
                 if i and cell[0].case.shape != cells[i - 1][0].case.shape:
                     pool.clear()
                 pool.renew(environments_of(cell, gpu, caches))
-                limit_s, ahead_s = settings.budget_s / 20, left / 4
+                limit_s, ahead_s = settings.budget_s / 20, left / 8
                 for _ in bench.measure(cell, settings.rounds, limit_s, _ahead(cells, i), ahead_s):
                     write(cell)
                 taken = bench.taken[-1]

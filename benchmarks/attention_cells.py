@@ -139,10 +139,10 @@ class Bench:
 def environments_of(
     cell: list[Item], gpu: dict[str, Any], caches: str
 ) -> dict[Name, dict[str, str]]:
-    """Of the workers for a cell. JAX never returns memory: for large arrays it gets a limit."""
-    fraction, need = 0.95, memory_class(cell)
-    if need and gpu.get("memory_mb"):
-        fraction = min(fraction, (1.3 * need + (2 << 30)) / (gpu["memory_mb"] * 2**20))
+    """Of the workers for a cell. JAX never returns memory, so that it gets a limit."""
+    fraction, limit = 0.95, 1.3 * memory_class(cell) + (2 << 30)
+    if gpu.get("memory_mb"):
+        fraction = min(fraction, limit / (gpu["memory_mb"] * 2**20))
     common = {
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",  # as nvidia-smi counts
         "CUDA_VISIBLE_DEVICES": report.gpu_id(),

@@ -95,13 +95,12 @@ class Item:
 
 LARGE_BYTES = 4 << 30
 """Arrays of a case from which on only one worker at a time holds inputs."""
-_LARGE_CLASS = 8 << 30
+_LEAST_CLASS = 8 << 30
 
 
-def memory_class(items: list[Item]) -> int:
-    """Bytes, 0 for little: cells of a class take turns without JAX's workers starting anew."""
-    needed = items[0].case.io_bytes("train")
-    return max(_LARGE_CLASS, 1 << (needed - 1).bit_length()) if needed >= LARGE_BYTES else 0
+def memory_class(cell: list[Item]) -> int:
+    """Bytes, a power of two; within a class JAX's workers stay. One for all but very large ones."""
+    return max(_LEAST_CLASS, 1 << (cell[0].case.io_bytes("train") - 1).bit_length())
 
 
 def plan(
