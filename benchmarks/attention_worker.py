@@ -5,7 +5,10 @@
 Reads requests and writes answers, a line of JSON each. First it answers that it is ready. A
 request: {"do": "prepare" | "round" | "clear", "case": fields of a `Case`, "keep": bool}; where not
 `keep`, no inputs stay alive after it. A module whose cases are of another class names it `CASE`.
-An answer is what the module's `Session` returns, or {"error": text}, or {"unsupported": text}.
+Another one, {"do": "compile", "cases": [...], "seconds": number}, is for sessions that can compile
+before they are asked for a case. An answer is what the module's `Session` returns, or
+{"error": text}, or {"unsupported": text}; beside it, where the session counts them, {"phases":
+seconds by name} since the last answer.
 """
 
 from __future__ import annotations
@@ -25,10 +28,20 @@ def first_line(error: BaseException) -> str:
 
 
 def answer(session: Any, request: dict[str, Any]) -> dict[str, Any]:
+    reply = _reply(session, request)
+    return reply | {"phases": session.phases.take()} if hasattr(session, "phases") else reply
+
+
+def _reply(session: Any, request: dict[str, Any]) -> dict[str, Any]:
     try:
         if request["do"] == "clear":
             return session.clear() or {}
         make_case = getattr(sys.modules[type(session).__module__], "CASE", Case)
+        if request["do"] == "compile":
+            if hasattr(session, "compile"):
+                cases = [make_case(**fields) for fields in request["cases"]]
+                session.compile(cases, request["seconds"])
+            return {}
         reply = getattr(session, request["do"])(make_case(**request["case"]))
         if not request["keep"]:
             session.forget_inputs()

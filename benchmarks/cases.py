@@ -18,6 +18,8 @@ Name = Literal[
 Mode = Literal["forward", "train"]
 MODES: tuple[Mode, ...] = ("forward", "train")
 """train is forward and backward in one program."""
+GROUP_SECONDS = 0.25
+"""The least that a group of calls takes which are timed together; from there on it is one call."""
 _ITEM_BYTES = 2
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import gc
 import time
 from collections.abc import Callable
@@ -12,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 import s2_jax
-from benchmarks.cases import MODES, Case, Mode, Name
+from benchmarks.cases import GROUP_SECONDS, MODES, Case, Mode, Name
 from benchmarks.jax_timing import Stopwatch
+from benchmarks.phases import Phases
 from benchmarks.random_arrays import draw
 from pallas_kernels import lowering
 from pallas_kernels.tiles import pick_tiles
@@ -21,6 +23,9 @@ from s2_jax.layout import PatternLayouts, block_lists
 
 Arrays = tuple[jax.Array, ...]
 Attention = Callable[..., jax.Array]
+Future = concurrent.futures.Future
+_THREADS = 8
+"""That compile, which they do side by side: it is C++. Tracing is Python, one by one."""
 
 
 def _attention(name: Name, case: Case) -> Attention:
@@ -76,6 +81,13 @@ def _masks(case: Case) -> dict[str, np.ndarray]:
     return {"segment_ids": np.tile(ids, (case.batch, 1))}
 
 
+def _draw_inputs(case: Case) -> tuple[Any, ...]:
+    """What a program takes."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    *drawn, grad = (draw(key, shape) for key, shape in zip(keys, _shapes(case)))
+    return jax.block_until_ready((tuple(drawn), grad, jax.device_put(_masks(case))))
+
+
 @jax.jit
 def _all_finite(results: Arrays) -> jax.Array:
     return jnp.stack([jnp.isfinite(result).all() for result in results]).all()
@@ -93,21 +105,30 @@ def _program(attention: Attention, mode: Mode) -> Callable[..., Arrays]:
 
 
 class Program:
-    """Compiled ahead of time."""
+    """Traced and lowered; `compile` does the rest, and may run in another thread."""
 
-    def __init__(self, attention: Attention, case: Case, mode: Mode) -> None:
+    def __init__(self, attention: Attention, case: Case, mode: Mode, phases: Phases) -> None:
         *inputs, grad = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in _shapes(case))
+        self._phases, start = phases, time.perf_counter()
+        with phases("trace"):
+            traced = jax.jit(_program(attention, mode)).trace(tuple(inputs), grad, _masks(case))
+        with phases("lower"):
+            self._lowered: Any = traced.lower()
+        self.facts = {"trace_lower_s": time.perf_counter() - start}
+        self._compiled: Any = None
+        self._watch = Stopwatch(group_seconds=GROUP_SECONDS)
+        self._checked = False
+
+    def compile(self) -> Program:
         start = time.perf_counter()
-        lowered = jax.jit(_program(attention, mode)).lower(tuple(inputs), grad, _masks(case))
-        traced = time.perf_counter()
-        self._compiled = lowered.compile()
-        self.facts = {"trace_lower_s": traced - start, "compile_s": time.perf_counter() - traced}
+        self._compiled = self._lowered.compile()
+        self._lowered = None
+        self.facts["compile_s"] = time.perf_counter() - start
         # The compiler's own account: the allocator's peak cannot be reset.
         if (sizes := self._compiled.memory_analysis()) is not None:
             parts = ("argument", "output", "temp")
             self.facts["bytes"] = sum(getattr(sizes, f"{part}_size_in_bytes") for part in parts)
-        self._watch = Stopwatch()
-        self._checked = False
+        return self
 
     def time(self, inputs: tuple[Any, ...]) -> dict[str, Any]:
         """Seconds of one call, from a group of them, and the clock; nothing after enough traces.
@@ -123,10 +144,17 @@ class Program:
             jax.block_until_ready(results)
 
         if not self._checked:
-            if not bool(_all_finite(self._compiled(*inputs))):
-                raise FloatingPointError("results that are not finite")
+            with self._phases("check"):
+                if not bool(_all_finite(self._compiled(*inputs))):
+                    raise FloatingPointError("results that are not finite")
             self._checked = True
-        return self._watch.time(run)
+        with self._phases("warm-up"):
+            self._watch.warm_up(run, loaded=True)
+        start = time.perf_counter()
+        found = self._watch.time(run)
+        name = "profiler" if found.get("clock") == "profiler" else "timing"
+        self._phases.add(name, time.perf_counter() - start)
+        return found
 
 
 class Session:
@@ -134,36 +162,61 @@ class Session:
 
     def __init__(self, name: Name) -> None:
         self._name = name
-        self._programs: dict[Case, dict[Mode, Program]] = {}
+        self._threads = concurrent.futures.ThreadPoolExecutor(_THREADS)
+        self._facts: dict[Case, dict[str, Any]] = {}
+        self._programs: dict[Case, dict[Mode, Future[Program]]] = {}
         self._inputs: tuple[Case, tuple[Any, ...]] | None = None
+        self.phases = Phases()
+        jax.devices()  # takes seconds, which count as those of the start
 
-    def prepare(self, case: Case) -> dict[str, Any]:
-        """Compiles; inputs come with the first round."""
-        attention = _attention(self._name, case)
-        facts = {}
+    def _begin(self, case: Case) -> None:
+        """Traces and lowers here; compiles in other threads."""
+        attention, facts = _attention(self._name, case), {}
         if self._name in ("s2_jax", "jax_triton"):
             facts["layout_s"] = _layout_seconds(case)
-        programs = {mode: Program(attention, case, mode) for mode in MODES}
-        self._programs[case] = programs
-        return facts | {mode: program.facts for mode, program in programs.items()}
+            self.phases.add("layout", facts["layout_s"])
+        self._facts[case], self._programs[case] = facts, {}
+        for mode in MODES:
+            program = Program(attention, case, mode, self.phases)
+            self._programs[case][mode] = self._threads.submit(program.compile)
+
+    def compile(self, cases: list[Case], seconds: float) -> None:
+        """In this order, all at once; what is not begun within `seconds`, `prepare` does."""
+        start, begun = time.perf_counter(), list[Future[Program]]()
+        for case in cases:
+            if time.perf_counter() - start > seconds:
+                break
+            try:
+                self._begin(case)
+            except Exception:  # `prepare` meets it again, and tells
+                self._programs.pop(case, None)
+            else:
+                begun += self._programs[case].values()
+        with self.phases("compile"):  # none is left running when something is timed
+            concurrent.futures.wait(begun)
+
+    def prepare(self, case: Case) -> dict[str, Any]:
+        """Compiles, where `compile` has not; inputs come with the first round."""
+        if case not in self._programs:
+            self._begin(case)
+        with self.phases("compile"):
+            programs = {mode: made.result() for mode, made in self._programs[case].items()}
+        return self._facts[case] | {mode: program.facts for mode, program in programs.items()}
 
     def round(self, case: Case) -> dict[str, Any]:
         if self._inputs is None or self._inputs[0] != case.shape:
             self.forget_inputs()
-            keys = jax.random.split(jax.random.key(0), 4)
-            *drawn, grad = (draw(key, shape) for key, shape in zip(keys, _shapes(case)))
-            arrays = (tuple(drawn), grad, jax.device_put(_masks(case)))
-            self._inputs = case.shape, jax.block_until_ready(arrays)
+            with self.phases("arrays"):
+                self._inputs = case.shape, _draw_inputs(case)
         inputs = self._inputs[1]
-        times = {mode: program.time(inputs) for mode, program in self._programs[case].items()}
+        programs = {mode: made.result() for mode, made in self._programs[case].items()}
+        times = {mode: program.time(inputs) for mode, program in programs.items()}
         return {mode: found for mode, found in times.items() if found}
 
     def forget_inputs(self) -> None:
         self._inputs = None
 
     def clear(self) -> None:
-        self._programs = {}
+        """Programs stay: those of other shapes may be compiled already, and they are small."""
         self.forget_inputs()
-        block_lists.cache_clear()
-        jax.clear_caches()
         gc.collect()

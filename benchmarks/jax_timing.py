@@ -32,18 +32,27 @@ _FEWEST_ROUNDS = 2
 
 
 class Stopwatch:
-    """Of one program. traced_below: seconds of a call up to which the profiler is asked."""
+    """Of one program. traced_below: seconds of a call up to which the profiler is asked.
+    group_seconds: as `calls_of_group` takes them.
+    """
 
-    def __init__(self, traced_below: float = SHORT_SECONDS) -> None:
-        self._traced_below = traced_below
+    def __init__(
+        self, traced_below: float = SHORT_SECONDS, group_seconds: float | None = None
+    ) -> None:
+        self._traced_below, self._group_seconds = traced_below, group_seconds
         self._seconds: float | None = None
         self._traces = 0
         self._why: str | None = None
 
+    def warm_up(self, run: Run, loaded: bool = False) -> None:
+        """Finds out what a call takes, roughly, the first time. loaded: it has been called."""
+        if self._seconds is None:
+            self._seconds = seconds_once(run, loaded)
+
     def time(self, run: Run) -> dict[str, Any]:
         """Seconds of one call, from a group of them, and the clock; nothing after enough traces."""
-        if self._seconds is None:
-            self._seconds = seconds_once(run)
+        self.warm_up(run)
+        assert self._seconds is not None
         if self._seconds < self._traced_below and self._why is None:
             if self._traces == _MOST_TRACES:
                 return {}
@@ -57,7 +66,7 @@ class Stopwatch:
             if found is not None:
                 return found | {"clock": "profiler"}
             self._why = self._why or "profiler: fewer GPU events than calls"
-        count = calls_of_group(self._seconds)
+        count = calls_of_group(self._seconds, self._group_seconds)
         if count > 1:
             run(1)
         start = time.perf_counter()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import FRAMEWORKS, MODES, Case
+from benchmarks.phases import PHASES
 from benchmarks.rows import pattern_key, shape_key, shares
 
 _PACKAGES = (
@@ -107,7 +108,8 @@ def tables(result: dict[str, Any]) -> str:
     for row in result["rows"]:
         suites.setdefault(row["suite"], []).append(row)
     parts = [f"{suite}\n{_table(rows)}" for suite, rows in suites.items()]
-    return "\n\n".join([*parts, "\n".join(_notes(result))])
+    parts.append("\n".join(_notes(result)))
+    return "\n\n".join([*parts, *_phases(result)])
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
@@ -134,6 +136,18 @@ def _table(rows: list[dict[str, Any]]) -> str:
                 line.append(_cell(row, f"{mode}_ms", first))
             lines.append(line)
     return lined_up(lines)
+
+
+def _phases(result: dict[str, Any]) -> list[str]:
+    """A table of the seconds of every worker, where they were counted; the rest it waited."""
+    found: dict[str, dict[str, float]] = result.get("phases", {})
+    names = [phase for phase in PHASES if any(phase in seconds for seconds in found.values())]
+    lines = [["seconds", *names, "waited"]]
+    for framework, seconds in found.items():
+        waited = result["seconds"] - sum(seconds.values())
+        numbers = [*(seconds.get(name, 0.0) for name in names), waited]
+        lines.append([framework, *(f"{number:.1f}" for number in numbers)])
+    return [lined_up(lines)] if found else []
 
 
 def lined_up(lines: Iterable[Sequence[str]]) -> str:

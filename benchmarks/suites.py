@@ -1,4 +1,4 @@
-"""The named sets of cases, and how they are put together: what can run in turn is one group."""
+"""The named sets of cases, and how they are put together: what runs in turn is one cell."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _OWN: tuple[Name, ...] = ("s2_jax", "jax_triton")
 _ALL: tuple[Name, ...] = (*_OWN, "cudnn", "tokamax", "flash2", "torch_cudnn", "flex", "dkernel")
 _NO_FLEX = tuple(name for name in _ALL if name != "flex")
 _TOKENS = 131072
-_LONG = (8192, 32768, _TOKENS)
+_LONG = (_TOKENS, 8192, 32768)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,12 +53,12 @@ def _packed(length: int) -> list[Case]:
 SUITES: dict[SuiteName, Suite] = {
     "main": Suite(
         _ALL,
-        tuple(2048 << i for i in range(7)),
+        tuple(_TOKENS >> i for i in range(7)),
         lambda n: _with(Case(n), (8, 16), (8, 32), (16, 8)),
     ),
     "batch": Suite(
         _NO_FLEX,
-        (2048, 4096, 8192, 16384),
+        (2048, 8192, 4096, 16384),
         lambda n: _with(Case(n, batch=max(1, 32768 // n)), (8, 16)),
     ),
     "paper": Suite(
@@ -93,14 +93,27 @@ class Item:
     error: str | None = None
 
 
+LARGE_BYTES = 4 << 30
+"""Arrays of a case from which on only one worker at a time holds inputs."""
+_LEAST_CLASS = 8 << 30
+
+
+def memory_class(cell: list[Item]) -> int:
+    """Bytes, a power of two; within a class JAX's workers stay. One for all but very large ones."""
+    return max(_LEAST_CLASS, 1 << (cell[0].case.io_bytes("train") - 1).bit_length())
+
+
 def plan(
     suites: Iterable[SuiteName], lengths: tuple[int, ...], frameworks: tuple[Name, ...]
 ) -> list[list[Item]]:
-    """Groups of equal shape, largest first, each in the order in which rounds visit it.
+    """Cells: one pattern on one shape, each in the order in which rounds visit it.
 
-    What several suites ask for is measured once; the dense frameworks once a shape.
+    They come as they are asked for, suite by suite and length by length; but those of one shape
+    follow each other, and so do those of one memory class. What several suites ask for is measured
+    once; the dense frameworks once a shape, in its first cell.
     """
     items: dict[tuple[Name, Case], Item] = {}
+    cells: dict[Case, list[Item]] = {}
     for suite in suites:
         known = SUITES[suite]
         chosen = [n for n in lengths if known.sweeps or n in known.lengths] or []
@@ -109,17 +122,23 @@ def plan(
                 for name in frameworks:
                     if name in known.frameworks or name == "reference":
                         of = case if FRAMEWORKS[name].sparse else case.shape
-                        item = items.setdefault((name, of), Item(name, of))
-                        item.suites += [suite] * (suite not in item.suites)
-    groups: dict[Case, list[Item]] = {}
-    for item in items.values():
-        groups.setdefault(item.case.shape, []).append(item)
-    ordered = sorted(groups, key=lambda shape: -shape.io_bytes("train"))
-    return [sorted(groups[shape], key=_turn) for shape in ordered]
+                        if (name, of) not in items:
+                            items[name, of] = Item(name, of)
+                            cells.setdefault(case, []).append(items[name, of])
+                        suites_of = items[name, of].suites
+                        suites_of += [suite] * (suite not in suites_of)
+    ordered = _together(list(cells.values()), lambda cell: cell[0].case.shape)
+    return [sorted(cell, key=_turn) for cell in _together(ordered, memory_class)]
+
+
+def _together(cells: list[list[Item]], key: Callable[[list[Item]], Any]) -> list[list[Item]]:
+    """Those of equal key follow each other; otherwise the order stays."""
+    ranks: dict[Any, int] = {}
+    for cell in cells:
+        ranks.setdefault(key(cell), len(ranks))
+    return sorted(cells, key=lambda cell: ranks[key(cell)])
 
 
 def _turn(item: Item) -> tuple[int, ...]:
-    """Pattern by pattern, the dense ones first, and in a pattern framework by framework."""
-    case = item.case
-    pattern = (case.block_size, case.local_blocks or 0, case.stride or 0)
-    return (case.local_blocks is not None, *pattern, list(FRAMEWORKS).index(item.framework))
+    """The dense frameworks first."""
+    return (item.case.local_blocks is not None, list(FRAMEWORKS).index(item.framework))

@@ -17,8 +17,10 @@ _LOADING_SECONDS = 1
 _NAMED_KERNELS = 40
 
 
-def calls_of_group(once: float) -> int:
-    return max(1, math.ceil(GROUP_SECONDS / max(once, 1e-6)))
+def calls_of_group(once: float, group_seconds: float | None = None) -> int:
+    """So many that they take that long, or `GROUP_SECONDS`; a longer call is a group alone."""
+    least = GROUP_SECONDS if group_seconds is None else group_seconds
+    return max(1, math.ceil(least / max(once, 1e-6)))
 
 
 def short_calls_of_group(once: float) -> int:
@@ -26,12 +28,13 @@ def short_calls_of_group(once: float) -> int:
     return min(_MOST_SHORT_CALLS, calls_of_group(once))
 
 
-def seconds_once(run: Callable[[int], Any]) -> float:
+def seconds_once(run: Callable[[int], Any], loaded: bool = False) -> float:
     """Of one call, roughly. run: makes that many calls and waits.
 
-    The first call may load the program, which can take longer than the call.
+    The first call may load the program, which can take longer than the call. loaded: it is there.
     """
-    for count, enough in ((1, _LOADING_SECONDS), (1, GROUP_SECONDS), (5, 0)):
+    loading, *measuring = (1, _LOADING_SECONDS), (1, GROUP_SECONDS), (5, 0)
+    for count, enough in measuring if loaded else (loading, *measuring):
         start = time.perf_counter()
         run(count)
         once = (time.perf_counter() - start) / count

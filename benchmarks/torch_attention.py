@@ -8,13 +8,16 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from benchmarks.cases import MODES, Case, Mode, Name
+from benchmarks.cases import GROUP_SECONDS, MODES, Case, Mode, Name
 from benchmarks.flex_mask import flex_block_mask
+from benchmarks.phases import Phases
 from benchmarks.timing import SHORT_SECONDS, calls_of_group, seconds_once, short_calls_of_group
 
 Attention = Callable[[Any, Any, Any], Any]
 _CYCLES_A_SECOND = 2e9
 """At least what a GPU's clock makes."""
+_SURELY_LONG = 4 * GROUP_SECONDS
+"""Seconds of a call that is a group alone even if others had the GPU meanwhile."""
 
 
 def _sdpa(backend: str, case: Case) -> Attention:
@@ -98,8 +101,8 @@ def _call(attention: Attention, mode: Mode, inputs: tuple[Any, ...]) -> tuple[An
         return (attention(query, key, value),)
 
 
-def call_seconds(call: Callable[[], Any]) -> float:
-    """Of one call, roughly."""
+def call_seconds(call: Callable[[], Any], loaded: bool = False) -> float:
+    """Of one call, roughly. loaded: it has been called before."""
     import torch  # type: ignore[import-not-found]
 
     def run(count: int) -> None:
@@ -107,19 +110,22 @@ def call_seconds(call: Callable[[], Any]) -> float:
             call()
         torch.cuda.synchronize()
 
-    run(1)
-    return seconds_once(run)
+    if not loaded:
+        run(1)
+    return seconds_once(run, loaded)
 
 
-def events_time(call: Callable[[], Any], once: float) -> dict[str, Any]:
+def events_time(
+    call: Callable[[], Any], once: float, group_seconds: float | None = None
+) -> dict[str, Any]:
     """Of one of many calls, between CUDA events. Short ones wait in the queue until all are there.
 
-    once: what a call takes, roughly.
+    once: what a call takes, roughly. group_seconds: as `calls_of_group` takes them.
     """
     import torch  # type: ignore[import-not-found]
 
     short = once < SHORT_SECONDS
-    count = short_calls_of_group(once) if short else calls_of_group(once)
+    count = short_calls_of_group(once) if short else calls_of_group(once, group_seconds)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     if count > 1:
         call()
@@ -137,15 +143,23 @@ class Session:
     """What the worker holds: attentions by case, and the inputs of one shape."""
 
     def __init__(self, name: Name) -> None:
+        import torch  # type: ignore[import-not-found]
+
+        torch.cuda.init()  # takes seconds, which count as those of the start
         self._name = name
         self._attentions: dict[Case, Attention] = {}
         self._seconds: dict[tuple[Case, Mode], float] = {}
         self._inputs: tuple[Case, tuple[Any, ...]] | None = None
+        self.phases = Phases()
 
     def _inputs_of(self, case: Case) -> tuple[Any, ...]:
+        import torch  # type: ignore[import-not-found]
+
         if self._inputs is None or self._inputs[0] != case.shape:
             self.forget_inputs()
-            self._inputs = case.shape, _draw_inputs(self._name, case)
+            with self.phases("arrays"):
+                self._inputs = case.shape, _draw_inputs(self._name, case)
+                torch.cuda.synchronize()
         return self._inputs[1]
 
     def forget_inputs(self) -> None:
@@ -167,21 +181,28 @@ class Session:
             raise NotImplementedError(f"{self._name} is measured on whole rows only")
         inputs = self._inputs_of(case)
         before, start = torch.cuda.memory_allocated(), time.perf_counter()
-        attention = self._attentions[case] = _ATTENTION[self._name](case)
-        facts: dict[str, Any] = {"first_call_s": time.perf_counter() - start}
+        with self.phases("layout"):
+            attention = self._attentions[case] = _ATTENTION[self._name](case)
+        facts: dict[str, Any] = {"layout_s": time.perf_counter() - start}
+        facts["first_call_s"] = facts["layout_s"]
         for mode in MODES:
             # The second call's memory: the first may try several programs.
             for first in (True, False):
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
                 start = time.perf_counter()
-                results = _call(attention, mode, inputs)
-                torch.cuda.synchronize()
-                facts["first_call_s"] += (time.perf_counter() - start) * first
+                with self.phases("first call" if first else "warm-up"):
+                    results = _call(attention, mode, inputs)
+                    torch.cuda.synchronize()
+                seconds = time.perf_counter() - start
+                facts["first_call_s"] += seconds * first
                 needed = torch.cuda.max_memory_allocated() - before
-                if not all(bool(torch.isfinite(result).all()) for result in results):
-                    raise FloatingPointError("results that are not finite")
+                with self.phases("check"):
+                    if not all(bool(torch.isfinite(result).all()) for result in results):
+                        raise FloatingPointError("results that are not finite")
                 del results
+            if seconds > _SURELY_LONG:
+                self._seconds[case, mode] = seconds
             used = inputs[:3] if mode == "forward" else inputs
             facts[mode] = {"bytes": needed + sum(x.nbytes for x in used)}
         return facts
@@ -195,8 +216,10 @@ class Session:
             return _call(self._attentions[case], mode, inputs)
 
         if (case, mode) not in self._seconds:
-            self._seconds[case, mode] = call_seconds(call)
-        return events_time(call, self._seconds[case, mode])
+            with self.phases("warm-up"):
+                self._seconds[case, mode] = call_seconds(call, loaded=True)
+        with self.phases("timing"):
+            return events_time(call, self._seconds[case, mode], GROUP_SECONDS)
 
     def clear(self) -> None:
         self._attentions, self._seconds = {}, {}

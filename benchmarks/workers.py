@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import queue
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,8 @@ from typing import Any
 from benchmarks.cases import FRAMEWORKS, Framework
 
 _ROOT = Path(__file__).resolve().parents[1]
+_LEAST_TIMEOUT = 10
+"""Seconds that an answer may take even where the run should be over."""
 
 
 class Lost(Exception):
@@ -37,6 +42,7 @@ class Timeouts:
     """Seconds to wait for an answer."""
 
     ready: float = 120
+    compile: float = 180
     prepare: float = 180
     round: float = 120
     clear: float = 30
@@ -103,32 +109,58 @@ class Worker:
 
 
 class Pool:
-    """One worker a framework, started when it is first asked something."""
+    """One worker a framework, started when it is first asked something.
+
+    phases: for each framework, what the seconds of its workers went into.
+    """
 
     def __init__(
-        self, logs: Path, timeouts: Timeouts, frameworks: Mapping[Any, Framework] = FRAMEWORKS
+        self,
+        logs: Path,
+        timeouts: Timeouts,
+        frameworks: Mapping[Any, Framework] = FRAMEWORKS,
+        deadline: float = math.inf,
     ) -> None:
-        """logs: the log files' path without their end. frameworks: those there are, by name."""
+        """logs: the log files' path without their end. frameworks: those there are, by name.
+        deadline: when the run should be over, by `time.perf_counter`: no answer is awaited longer.
+        """
         self._logs, self._timeouts, self._frameworks = logs, timeouts, frameworks
-        self._environment: dict[str, str] = {}
+        self._deadline = deadline
+        self._environments: dict[Any, dict[str, str]] = {}
         self._workers: dict[str, Worker] = {}
+        self.phases: dict[str, collections.Counter[str]] = {}
 
-    def renew(self, environment: dict[str, str]) -> None:
-        """Gives every worker this environment; where it is a new one, they all start anew."""
-        if environment != self._environment:
-            self.close()
-            self._environment = environment
+    def renew(self, environments: Mapping[Any, dict[str, str]]) -> None:
+        """Gives each framework's worker its environment; where it is a new one, it starts anew."""
+        for name in list(self._workers):
+            if environments.get(name) != self._environments.get(name):
+                self.close(name)
+        self._environments = dict(environments)
+
+    def _timeout(self, kind: str) -> float:
+        left = max(_LEAST_TIMEOUT, self._deadline - time.perf_counter())
+        return min(getattr(self._timeouts, kind), left)
+
+    def _start(self, name: str) -> None:
+        start = time.perf_counter()
+        log = self._logs.with_name(f"{self._logs.name}-{name}.log")
+        environment = self._environments.get(name, {})
+        self._workers[name] = Worker(name, self._frameworks[name], environment, log)
+        first = self._workers[name].ask(None, self._timeout("ready"))
+        self._count(name, {"start": time.perf_counter() - start})
+        if "error" in first:
+            raise Unusable(first["error"])
+
+    def _count(self, name: str, phases: dict[str, float]) -> None:
+        self.phases.setdefault(name, collections.Counter()).update(phases)
 
     def ask(self, name: str, **request: Any) -> dict[str, Any]:
         """Raises `Lost`, the worker being stopped, where there is no answer or an error."""
         try:
             if name not in self._workers:
-                log = self._logs.with_name(f"{self._logs.name}-{name}.log")
-                self._workers[name] = Worker(name, self._frameworks[name], self._environment, log)
-                first = self._workers[name].ask(None, self._timeouts.ready)
-                if "error" in first:
-                    raise Unusable(first["error"])
-            reply = self._workers[name].ask(request, getattr(self._timeouts, request["do"]))
+                self._start(name)
+            reply = self._workers[name].ask(request, self._timeout(request["do"]))
+            self._count(name, reply.pop("phases", {}))
             if "error" in reply:
                 raise Lost(reply["error"])
         except Lost:

@@ -6,6 +6,8 @@ Every request is written to the file that FAKE_LOG names.
 import os
 import time
 
+from benchmarks.phases import Phases
+
 CRASHES, HANGS, FULL, UNSUPPORTED, CRASHES_LATER, SLOW = 101, 103, 107, 109, 113, 127
 
 
@@ -16,10 +18,15 @@ class Session:
             raise ImportError("no such GPU library")
         print("libraries print on the standard output")
         self.prepared = set()
+        self.phases = Phases()
 
-    def _log(self, do, case=None):
+    def _log(self, do, *cases):
+        words = [do, self.name, *(case.length for case in cases[:1])]
         with open(os.environ["FAKE_LOG"], "a") as log:
-            print(do, self.name, case.length if case else "", case.stride if case else "", file=log)
+            print(*words, *(case.stride for case in cases), file=log)
+
+    def compile(self, cases, seconds):
+        self._log("compile", *cases)
 
     def prepare(self, case):
         self._log("prepare", case)
@@ -36,6 +43,7 @@ class Session:
             if case.stride == SLOW:
                 time.sleep(0.5)
         self.prepared.add(case)
+        self.phases.add("layout", 0.5)
         mode = {"bytes": 3 * case.io_bytes("forward"), "trace_lower_s": 0.5, "compile_s": 0.25}
         return {"layout_s": 0.125, "forward": mode, "train": mode}
 
@@ -46,6 +54,7 @@ class Session:
             os._exit(12)
         if case.stride == SLOW:
             time.sleep(0.02)
+        self.phases.add("timing", 0.25)
         seconds = 0.002 if self.name == "flash2" else 0.001
         return {
             mode: {"seconds": seconds * n, "clock": "wall"}

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 
 import s2_jax
-from benchmarks import attention, plots, report
+from benchmarks import attention, attention_cells, plots, report, workers
 from benchmarks.attention import Settings, run
-from benchmarks.cases import FRAMEWORKS, MODES, Case
+from benchmarks.attention_cells import Taken, environments_of, expected_seconds, work
+from benchmarks.cases import FRAMEWORKS, GROUP_SECONDS, MODES, Case
 from benchmarks.jax_attention import Session
 from benchmarks.rows import row_of, shares
-from benchmarks.suites import SUITES, Item, Suite, plan
-from benchmarks.timing import kernel_seconds, traced_seconds
-from benchmarks.workers import Timeouts
+from benchmarks.suites import SUITES, Item, Suite, memory_class, plan
+from benchmarks.timing import calls_of_group, kernel_seconds, traced_seconds
+from benchmarks.workers import Pool, Timeouts
 from tests.fake_framework import CRASHES, CRASHES_LATER, FULL, HANGS, SLOW, UNSUPPORTED
 
 GPU = {"name": "A GPU", "driver": "1.2", "memory_mb": 80000}
@@ -31,10 +32,11 @@ def patterns(*strides):
 
 
 def test_main_is_a_grid_in_which_dense_frameworks_run_once_a_length():
-    groups = plan(("main",), (), ("s2_jax", "flash2"))
-    assert [items[0].case.length for items in groups] == [2048 << i for i in reversed(range(7))]
-    names = [item.framework for item in groups[0]]
-    assert names == ["flash2", "s2_jax", "s2_jax", "s2_jax"]
+    cells = plan(("main",), (), ("s2_jax", "flash2"))
+    lengths = [cell[0].case.length for cell in cells]
+    assert lengths == [131072 >> i for i in range(7) for _ in range(3)]
+    names = [[item.framework for item in cell] for cell in cells[:3]]
+    assert names == [["flash2", "s2_jax"], ["s2_jax"], ["s2_jax"]]
 
 
 def test_a_case_of_two_suites_is_measured_once():
@@ -56,8 +58,8 @@ def test_batches_hold_as_many_tokens_as_one_long_row():
 
 
 def test_small_blocks_see_as_many_tokens_as_large_ones():
-    (items,) = plan(("small_blocks",), (), ("s2_jax",))
-    flops = {item.case.block_size: item.case.flops for item in items}
+    cells = plan(("small_blocks",), (), ("s2_jax",))
+    flops = {item.case.block_size: item.case.flops for cell in cells for item in cell}
     assert set(flops) == {16, 32, 64}
     assert max(flops.values()) / min(flops.values()) < 1.01
 
@@ -71,10 +73,28 @@ def test_packed_documents_need_what_they_need_as_rows():
     assert next(c for c in cases if c.padded).valid_lengths == [8192, 16384, 24576, 32768]
 
 
-def test_the_largest_shape_comes_first_and_the_longest_only_for_s2_jax():
-    groups = plan(tuple(SUITES), (), tuple(FRAMEWORKS)[:-1])
-    assert [i.framework for i in groups[0]] == ["s2_jax"]
-    assert groups[0][0].case.length == 1 << 20
+def test_the_longest_is_only_for_s2_jax():
+    cells = plan(tuple(SUITES), (), tuple(FRAMEWORKS)[:-1])
+    assert [i.framework for c in cells for i in c if i.case.length == 1 << 20] == ["s2_jax"]
+
+
+def test_cells_come_as_asked_for_but_shapes_and_memory_classes_stay_together():
+    cells = plan(("paper", "gqa", "main"), (8192, 131072), ("s2_jax", "flash2"))
+    shapes = [(c[0].case.length, c[0].case.heads, c[0].case.kv_heads) for c in cells]
+    assert shapes == [
+        *[(131072, 32, 32)] * 3, (8192, 32, 8), (131072, 32, 8), *[(8192, 32, 32)] * 3,
+        (131072, 64, 64),
+    ]  # fmt: skip
+    assert [memory_class(cell) for cell in cells] == [8 << 30] * 8 + [16 << 30]
+
+
+def test_what_is_asked_for_twice_joins_the_shape_that_is_there():
+    cells = plan(("gqa", "paper", "main"), (131072,), ("s2_jax",))
+    found = [(c[0].case.heads, c[0].case.kv_heads, c[0].case.stride, c[0].suites) for c in cells]
+    assert found == [
+        (32, 8, 16, ["gqa"]), (32, 32, 16, ["paper", "main"]), (32, 32, 32, ["paper", "main"]),
+        (32, 32, 8, ["main"]), (64, 64, 64, ["paper"]),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -126,11 +146,16 @@ def errors(result, name="s2_jax"):
 
 def test_rounds_visit_the_frameworks_in_turn_after_all_have_prepared(measure):
     _, log = measure(patterns(16, 32), ("s2_jax", "flash2", "dkernel"), rounds=3)
-    prepared, timed, cleared = log[:5], log[5:-3], log[-3:]
-    assert {line.split()[0] for line in prepared} == {"prepare"}
-    turn = ["flash2 96 None", "s2_jax 96 16", "dkernel 96 16", "s2_jax 96 32", "dkernel 96 32"]
-    assert timed == [f"round {one}" for one in turn] * 3
-    assert {line.split()[0] for line in cleared} == {"clear"}
+    first, second = log[:-8], log[-8:]
+    frameworks = ["flash2 96 None", "s2_jax 96 16", "dkernel 96 16"]
+    assert sorted(first[:-9]) == sorted(
+        ["compile flash2 96 None", "compile s2_jax 96 16 32", "compile dkernel 96 16 32"]
+        + [f"prepare {one}" for one in frameworks]
+    )
+    assert first[-9:] == [f"round {one}" for one in frameworks] * 3
+    frameworks = ["s2_jax 96 32", "dkernel 96 32"]
+    assert sorted(second[:2]) == sorted(f"prepare {one}" for one in frameworks)
+    assert second[2:] == [f"round {one}" for one in frameworks] * 3
 
 
 def test_a_worker_that_crashes_or_fills_the_memory_loses_that_case_alone(measure):
@@ -180,33 +205,108 @@ def test_what_is_absent_or_broken_is_said_and_has_no_rows(measure):
     assert {row["framework"] for row in result["rows"]} == {"s2_jax"}
 
 
-def test_a_spent_budget_drops_rounds_then_shapes(measure):
+def test_another_shape_lets_the_first_one_go(measure):
+    longer = dataclasses.replace(TINY, length=192)
+    _, log = measure([TINY, longer], ("s2_jax",), rounds=1)
+    assert log == [
+        "compile s2_jax 96 3 3", "prepare s2_jax 96 3", "round s2_jax 96 3", "clear s2_jax",
+        "prepare s2_jax 192 3", "round s2_jax 192 3",
+    ]  # fmt: skip
+
+
+def test_a_run_that_is_killed_keeps_what_it_has(measure, monkeypatch, tmp_path, capsys):
+    """In the second round of the second cell: the first cell, and that one's first round."""
+    rounds = []
+    ask = Pool.ask
+
+    def killed(self, name, **request):
+        if request["do"] == "round":
+            rounds.append(request["case"]["stride"])
+        if rounds == [16, 16, 32, 32]:
+            raise KeyboardInterrupt
+        return ask(self, name, **request)
+
+    monkeypatch.setattr(Pool, "ask", killed)
+    with pytest.raises(KeyboardInterrupt):
+        measure(patterns(16, 32, 48), ("s2_jax",), rounds=2)
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert [(r["stride"], r["forward_ms"], r["forward_rounds"]) for r in result["rows"]] == [
+        (16, 1.0, 2), (32, 1.0, 1),
+    ]  # fmt: skip
+    assert "(2, 16) of 16: s2_jax 1.00, 4.00 ms" in capsys.readouterr().out
+
+
+def test_phases_are_counted_for_every_framework(measure):
+    result, _ = measure(patterns(16, 32), ("s2_jax", "dkernel"), rounds=3)
+    assert set(result["phases"]) == {"s2_jax", "dkernel"}
+    for seconds in result["phases"].values():
+        assert seconds.pop("start") > 0
+        assert seconds == {"layout": 2 * 0.5, "timing": 6 * 0.25}
+    *_, head, first, second = report.tables(result).splitlines()
+    assert head.split() == ["seconds", "layout", "timing", "waited"]
+    assert first.split()[:3] == ["s2_jax", "1.0", "1.5"]
+    assert second.split()[:3] == ["dkernel", "1.0", "1.5"]
+
+
+@pytest.mark.parametrize(
+    ("length", "seconds"), [(256, 3 + 10), (1000, 3 + 10), (60, 3 + 2)], ids=str
+)
+def test_the_next_cell_takes_what_the_one_most_like_it_took(length, seconds):
+    """The first cell's preparing, in which all starts, does not count."""
+
+    def cell(length):
+        return [Item("s2_jax", dataclasses.replace(TINY, length=length))]
+
+    taken = [
+        Taken(work(cell(n)), prepare_s, rounds_s)
+        for n, prepare_s, rounds_s in ((256, 60, 10), (64, 2, 2), (128, 4, 5))
+    ]
+    assert expected_seconds(cell(length), taken) == seconds
+    assert expected_seconds(cell(length), taken[:1]) == 0
+
+
+def test_a_cell_that_likely_does_not_fit_is_not_begun(measure, monkeypatch):
+    monkeypatch.setattr(
+        attention, "expected_seconds", lambda cell, taken: 1e9 * (cell[0].case.stride == 32)
+    )
+    result, log = measure(patterns(16, 32, 48), ("s2_jax",), rounds=1)
+    assert [row["stride"] for row in result["rows"]] == [16, 48]
+    assert result["not_measured"] == ["1 x 96 tokens, 2 x 16, (2, 32) of 16"]
+    assert not any(line in log for line in ("prepare s2_jax 96 32", "round s2_jax 96 32"))
+
+
+def test_no_answer_is_awaited_far_beyond_the_budget(measure, monkeypatch):
+    monkeypatch.setattr(workers, "_LEAST_TIMEOUT", 0.5)
+    result, _ = measure(patterns(HANGS, 16), ("s2_jax", "dkernel"), rounds=1, budget_s=4)
+    assert errors(result)[HANGS].startswith("prepare: no answer within ")
+    assert errors(result, "dkernel") == {HANGS: None}
+    assert result["not_measured"] == ["1 x 96 tokens, 2 x 16, (2, 16) of 16"]
+
+
+def test_a_spent_budget_drops_rounds_then_cells(measure):
     longer = [dataclasses.replace(TINY, length=192, stride=SLOW), TINY]
     result, log = measure(longer, ("s2_jax",), rounds=9, budget_s=0.5)
     assert [line for line in log if line.startswith("round")] == [f"round s2_jax 192 {SLOW}"] * 2
-    assert result["not_measured"] == ["1 x 96 tokens, 2 x 16"]
+    assert result["not_measured"] == ["1 x 96 tokens, 2 x 16, (2, 3) of 16"]
     assert "not measured, the budget was spent: 1 x 96 tokens" in report.tables(result)
 
 
 def test_large_shapes_keep_no_inputs(measure, monkeypatch):
-    monkeypatch.setattr(attention, "LARGE_BYTES", TINY.io_bytes("train"))
+    monkeypatch.setattr(attention_cells, "LARGE_BYTES", TINY.io_bytes("train"))
     _, log = measure([TINY], ("s2_jax", "dkernel"), rounds=1)
-    assert [line.split()[:2] for line in log[-6:-2]] == [
+    assert [line.split()[:2] for line in log[-4:]] == [
         ["round", "s2_jax"], ["forget", "s2_jax"], ["round", "dkernel"], ["forget", "dkernel"],
     ]  # fmt: skip
 
 
-def test_large_shapes_cap_the_memory_of_jax():
-    large = [Item("s2_jax", Case(131072))]
-    small = [Item("s2_jax", Case(8192))]
-    fractions = [
-        float(attention.environment_of(items, GPU, "")["XLA_PYTHON_CLIENT_MEM_FRACTION"])
-        for items in (large, small)
-    ]
-    assert fractions == pytest.approx([(1.3 * 8 + 2) * 1024 / 80000, 0.95], abs=1e-3)
-    assert (
-        large[0].case.io_bytes("train") >= attention.LARGE_BYTES > small[0].case.io_bytes("train")
-    )
+def test_large_shapes_cap_the_memory_of_jax_alone():
+    """By power of two, from 8 GiB on: few start the workers anew."""
+    cases = [Case(131072), Case(8192), Case(131072, heads=64, kv_heads=64), Case(1 << 20)]
+    found = [environments_of([Item("s2_jax", case)], GPU, "") for case in cases]
+    fractions = [float(one["s2_jax"]["XLA_PYTHON_CLIENT_MEM_FRACTION"]) for one in found]
+    limits = [(1.3 * size + 2) * 1024 / 80000 for size in (8, 8, 16)]
+    assert fractions == pytest.approx([*limits, 0.95], abs=1e-3)
+    assert all(one["dkernel"] == found[0]["dkernel"] for one in found)
 
 
 # The measuring code of JAX, on the CPU.
@@ -246,9 +346,42 @@ def test_results_that_are_not_finite_are_an_error():
     session.round(TINY)
     (shape, (inputs, *rest)) = session._inputs
     session._inputs = shape, ((inputs[0] * np.nan, *inputs[1:]), *rest)
-    session._programs[TINY]["forward"]._checked = False
+    session._programs[TINY]["forward"].result()._checked = False
     with pytest.raises(FloatingPointError):
         session.round(TINY)
+
+
+def test_cases_compiled_ahead_are_ready_and_one_that_fails_says_so_later():
+    session, other = Session("reference"), dataclasses.replace(TINY, length=64)
+    dense = TINY.shape
+    session.compile([dense, TINY, other], seconds=60)
+    before = session.phases.take()
+    facts = session.prepare(TINY)
+    after = session.phases.take()
+    assert {"trace", "lower", "compile"} <= set(before)
+    assert set(after) == {"compile"}
+    assert all(facts[mode]["compile_s"] > 0 for mode in MODES)
+    session.clear()
+    session.prepare(other)
+    assert set(session.phases.take()) == {"compile"}
+    session.round(other)
+    assert set(session.phases.take()) == {"arrays", "check", "warm-up", "timing"}
+    with pytest.raises(ValueError, match="a dense case has no pattern"):
+        session.prepare(dense)
+
+
+def test_what_does_not_come_within_the_seconds_is_compiled_when_asked_for():
+    session = Session("reference")
+    session.compile([TINY], seconds=-1)
+    assert session.prepare(TINY)["forward"]["compile_s"] > 0
+    assert session.phases.take()["trace"] > 0
+
+
+@pytest.mark.parametrize(
+    ("ms", "calls"), [(22, 12), (60, 5), (200, 2), (300, 1), (1500, 1)], ids=str
+)
+def test_a_group_takes_a_quarter_of_a_second_and_a_longer_call_is_one(ms, calls):
+    assert calls_of_group(ms / 1e3, GROUP_SECONDS) == calls
 
 
 def line(name, *spans):
