@@ -121,7 +121,7 @@ class DecodingSwiGLU(SwiGLU):
 
 
 def _joined(*linears: Any, inputs: int | None = None) -> RowLinear:
-    """One layer for several of one input; inputs: its size, where kernels have several axes of it."""
+    """One layer for several of one input; inputs: its size, if kernels have several axes for it."""
     kernels = [linear.kernel[...] for linear in linears]
     transposed = [kernel.reshape(inputs or kernel.shape[0], -1).T for kernel in kernels]
     return RowLinear(jnp.concatenate(transposed), linears[0].dtype)

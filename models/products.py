@@ -17,8 +17,8 @@ def row_product(
 
     Args:
       x, kernel: any float dtypes; both are cast to `dtype` first.
-      dtype: of the result. Sums are float32 at least; the products of many rows have JAX's default
-        precision, those of one row are exact.
+      dtype: of the result, float32 or a smaller one. Sums are float32; the factors of many rows
+        have JAX's default precision, those of one row are not rounded further.
 
     Raises:
       ValueError: shapes that do not fit.
@@ -29,8 +29,7 @@ def row_product(
     x, kernel = x.astype(dtype), kernel.astype(dtype)
     if x.size == inputs:
         # One row: XLA reads a matrix faster in a reduction than in a product.
-        wide = jnp.promote_types(dtype, jnp.float32)
-        terms = x.astype(wide).reshape(1, inputs) * kernel.astype(wide)
+        terms = x.astype(jnp.float32).reshape(1, inputs) * kernel.astype(jnp.float32)
         return jnp.sum(terms, axis=1).astype(dtype).reshape(*x.shape[:-1], -1)
     return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (1,)), ((), ())))
 
