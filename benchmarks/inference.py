@@ -131,7 +131,7 @@ def run(settings: Settings) -> Record:
         if not cells or record.spent(name):
             continue
         # Shapes are the same in all models.
-        leaves = leaves or jax.tree.leaves(draw_parameters(served.shapes))
+        leaves = leaves or jax.tree.leaves(draw_parameters(served.shapes, inputs_last=True))
         params = jax.tree.unflatten(jax.tree.structure(served.shapes), leaves)
         jobs = {c: c.lower(served, settings.steps) for c in cells if c.why_not is None}
         programs = compile_all(jobs)

@@ -14,6 +14,7 @@ from benchmarks.filled_caches import visible_bytes
 from benchmarks.programs import Lower
 from models.cache import ModelCache
 from models.config import ModelConfig
+from models.decoding import for_decoding
 from models.sampling import Sampling
 from models.steps import Rows, decode_steps
 from models.transformer import Transformer
@@ -24,7 +25,7 @@ _ALWAYS = 1 << 30
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Served:
-    """shapes: of the parameters."""
+    """In the form for decoding. shapes: of the parameters."""
 
     config: ModelConfig
     graphdef: Any
@@ -32,7 +33,7 @@ class Served:
 
     @classmethod
     def of(cls, config: ModelConfig) -> Served:
-        model = nnx.eval_shape(lambda: Transformer(config, rngs=nnx.Rngs(0)))
+        model = nnx.eval_shape(lambda: for_decoding(Transformer(config, rngs=nnx.Rngs(0))))
         return cls(config, *nnx.split(model, nnx.Param))
 
     def cache_shapes(self, batch: int, max_length: int) -> ModelCache:

@@ -2,6 +2,7 @@
 
 from models.cache import ModelCache
 from models.config import HybridConfig, ModelConfig
+from models.decoding import for_decoding
 from models.generator import Generation, Generator, GeneratorConfig
 from models.huggingface import load_pretrained
 from models.sampling import Sampling
@@ -16,5 +17,6 @@ __all__ = [
     "ModelConfig",
     "Sampling",
     "Transformer",
+    "for_decoding",
     "load_pretrained",
 ]

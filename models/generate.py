@@ -11,6 +11,7 @@ from typing import Annotated
 
 import tyro
 
+from models.decoding import for_decoding
 from models.generator import Generator, GeneratorConfig
 from models.sampling import Sampling
 from models.saved import Text, load_model
@@ -72,6 +73,7 @@ def run(options: Options) -> None:
     if not all(texts):
         raise ValueError("the prompt is empty: give the model something to go on from")
     prompts = [saved.text.encode(text) for text in texts]
+    saved = dataclasses.replace(saved, model=for_decoding(saved.model))  # the other one is freed
     # A row costs memory and time, used or not.
     rows = min(options.generator.rows, len(texts))
     settings = dataclasses.replace(options.generator, rows=rows)

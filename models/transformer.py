@@ -1,4 +1,4 @@
-"""The model. Einsum letters: b batch, l length, d width, f MLP width, v vocabulary."""
+"""The model. Axes: b batch, l length, d width, f MLP width, v vocabulary."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from models.cache import LayerCache, ModelCache
 from models.config import ModelConfig, Remat
+from models.products import RowLinear, row_product
 from models.scan import Segment, scan_layers, segments
 from s2_jax import Pattern
 from s2_jax.nnx import S2Attention
@@ -116,7 +117,7 @@ class Transformer(nnx.Module):
         each = tuple(Segment(layer, 1, 1) for layer in range(config.num_layers))
         self.segments = tuple(segments(config.patterns())) if config.scan_layers else each
         self.norm = RMSNorm(config.width, epsilon=config.norm_epsilon)
-        self.head = (
+        self.head: nnx.Linear | RowLinear | None = (
             None
             if config.tie_embeddings
             else _linear(config, config.width, config.vocab_size, rngs, _SMALL)
@@ -185,7 +186,7 @@ class Transformer(nnx.Module):
     def logits(self, x: Float[Array, "b l d"]) -> Float[Array, "b l v"]:
         """Float32, of what `features` gives, or of some of its positions."""
         if self.head is None:
-            logits = jnp.einsum("bld,vd->blv", x, self.embed[...].astype(self.dtype))
+            logits = row_product(x, self.embed[...], self.dtype)
         else:
             logits = self.head(x)
         return logits.astype(jnp.float32)

@@ -19,7 +19,7 @@ _TILE_NUMBERS = 4096  # of the partial results that are added at a time
 
 
 def s2_combine_kernel(out_ref: Any, lse_ref: Any, o_ref: Any, whole_ref: Any) -> None:
-    """One query of one head. What stands in `out_ref` is finite, or a NaN that was seen."""
+    """One query of one head. What stands in `out_ref` is finite, or a NaN that is meant."""
     parts, dim = out_ref.shape[0], padded_dim(out_ref.shape[1])
     turn = min(pl.next_power_of_2(parts), max(1, _TILE_NUMBERS // dim))
     turns = -(-parts // turn)

@@ -27,6 +27,7 @@ from pallas_kernels.softmax import LOG2_E, Softmax, dot
 from pallas_kernels.tiles import Tile
 
 MAX_ROWS = 32  # one bit a row
+NO_ROOM = -2  # the position of a query that gets NaN
 _LEAST_ROWS = 16
 
 
@@ -135,6 +136,7 @@ def s2_decode_kernel(
 
     carry = lax.fori_loop(0, turns, attend, Softmax.start(rows, value_dim))
     out, lse = carry.finish(settings.exp2)
+    out = jnp.where((position == NO_ROOM)[:, None], jnp.nan, out)
     store_rows(o_ref, row, out, exists)
     store_scalars(lse_ref, row, lse / LOG2_E, exists)
 
@@ -157,7 +159,7 @@ def decode(
         `[kv_heads, pages, block_size, head_dim]`.
       value: the same, with value_dim.
       position: int32 `[batch, programs, rows]`, where a query stands in its sequence; -1: it sees
-        nothing.
+        nothing and gets 0; `NO_ROOM`: it gets NaN.
       lists: what they see.
 
     Returns:

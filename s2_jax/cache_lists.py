@@ -16,7 +16,7 @@ from s2_jax.structure import Heads
 
 @dataclasses.dataclass(frozen=True)
 class Queries:
-    """Queries that stand at `positions`, int32 `[batch, q_len]`, -1 for those that do not count.
+    """Queries that stand at `positions`, int32 `[batch, q_len]`, negative where they see nothing.
 
     kv_heads: int32 `[local kv heads]`, their numbers in the whole. Rows of a key/value head are its
     queries, each with all heads of the group; a program takes at most 32 of them.

@@ -12,7 +12,7 @@ from jax import lax
 from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode import DecodeSettings
+from pallas_kernels.decode import NO_ROOM, DecodeSettings
 from pallas_kernels.decode_partition import decode_over_mesh
 from pallas_kernels.explicit import is_split
 from pallas_kernels.lowering import vary_alike
@@ -128,6 +128,7 @@ def _extend(
     step = jnp.arange(new, dtype=jnp.int32)[None]
     position = start[:, None] + step
     counts = step < lengths[:, None]
+    beyond = counts & before.has_no_room(position)
     # cuDNN takes whole prompts and single tokens alone.
     later = None if implementation == "cudnn" else implementation
     by_cudnn = implementation == "cudnn" and new == 1 and can_step(call) and not grown.paged
@@ -138,9 +139,10 @@ def _extend(
         out = cudnn_step(call, grown.key, grown.value, seen)
     elif new <= _DECODE_AT_MOST:
         # What lies past max_length was never written, so that nothing may look there.
-        asks = jnp.where(counts & (position < cache.max_length), position, -1)
+        asks = jnp.where(beyond, NO_ROOM, jnp.where(counts, position, -1))
         queries = Queries(cache.pattern, asks, kv_heads, cache.num_heads, cache.num_kv_heads)
-        out = _decode(call, grown, queries, later)
+        # The kernel gives NaN itself: a step is spared one more.
+        return _decode(call, grown, queries, later), cast(Cache, grown)
     else:
         keys, values = before.whole(call.key, call.value, lengths, kv_heads)
         out = attend(
@@ -151,7 +153,6 @@ def _extend(
             key_value_seq_lengths=jnp.minimum(start + lengths, cache.max_length),
             implementation=later,
         )
-    beyond = counts & before.has_no_room(position)
     return jnp.where(beyond[..., None, None], jnp.nan, out), cast(Cache, grown)
 
 

@@ -7,7 +7,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.decode import DecodeLists, DecodeSettings
+from pallas_kernels.decode import NO_ROOM, DecodeLists, DecodeSettings
 
 
 def reference_decode(
@@ -50,7 +50,8 @@ def reference_decode(
     lse = jnp.where(some, peak + jnp.log(jnp.where(some, total, 1)), -jnp.inf)[..., 0]
     weights = (weights / jnp.where(some, total, 1)).astype(value.dtype)
     values = values.reshape(batch, programs, entries * size, -1)
-    return product("bprk,bpkd->bprd", weights, values).astype(query.dtype), lse
+    out = product("bprk,bpkd->bprd", weights, values).astype(query.dtype)
+    return jnp.where(position[..., None] == NO_ROOM, jnp.nan, out), lse
 
 
 def _blocks(

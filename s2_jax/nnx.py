@@ -208,8 +208,11 @@ class S2Attention(nnx.Module):
         """
         axis_size(self.head_axis)
         check_input(x, context, query_offset, segment_ids, kv_segment_ids, self.in_features)
-        query = self.project_query(x, query_offset)
-        key, value = self.project_key_value(x if context is None else context)
+        if context is None:
+            query, key, value = self.project(x)
+        else:
+            query = self.project_query(x, query_offset)
+            key, value = self.project_key_value(context)
         return self.attend(
             query,
             key,
@@ -244,9 +247,7 @@ class S2Attention(nnx.Module):
         if x.ndim != 3:
             raise ValueError(f"x must be [batch, new, {self.in_features}], got shape {x.shape}")
         check_cache_of(cache, self.pattern, self.num_heads, self.num_kv_heads)
-        start = 0 if first else cache.length
-        query = self.project_query(x, start)
-        key, value = self.project_key_value(x, start)
+        query, key, value = self.project(x, 0 if first else cache.length)
         attended, cache = cached_attention(
             query,
             key,
@@ -259,7 +260,17 @@ class S2Attention(nnx.Module):
         )
         return self._project_out(attended), cache
 
-    # The three steps of a call, for those who keep keys and values in a way of their own.
+    # The steps of a call, for those who keep keys and values in a way of their own.
+
+    def project(
+        self, x: Float[Array, "*batch length in_features"], offset: Any = 0
+    ) -> tuple[
+        Float[Array, "*batch length heads head_dim"],
+        Float[Array, "*batch length kv_heads head_dim"],
+        Float[Array, "*batch length kv_heads head_dim"],
+    ]:
+        """Queries, keys and values of the same tokens, which stand at positions from `offset`."""
+        return self.project_query(x, offset), *self.project_key_value(x, offset)
 
     def project_query(
         self, x: Float[Array, "*batch length in_features"], query_offset: Any = 0

@@ -34,7 +34,7 @@ def few_tokens(new: int, batch: int = 2):
 def small_cache(kind=EvictingCache, **changes):
     options = {"batch": 2, "max_length": 100, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
     pattern = s2_jax.local_stride(2, 4, block_size=16)
-    return kind.create(pattern, **options, dtype=jnp.float32, **changes)
+    return kind.create(pattern, **options | changes, dtype=jnp.float32)
 
 
 @pytest.mark.parametrize("new", [2, 20])
@@ -66,16 +66,16 @@ def test_vmap_over_steps(kind, implementation):
 
 
 @pytest.mark.parametrize("chunks", [(40,), (1,) * 40, (20, 20)], ids=["prompt", "steps", "chunks"])
-def test_a_sequence_that_outgrows_its_pages_gives_nan(chunks):
+def test_a_sequence_that_outgrows_its_pages_gives_nan(chunks, implementation):
     """Sequence 0 has pages for 32 tokens, sequence 1 for all."""
     cache = small_cache(num_pages=6)
     cache = cache.with_pages(0, jnp.asarray([0, 1, -1, -1], jnp.int32))
     cache = cache.with_pages(1, jnp.asarray([2, 3, 4, 5], jnp.int32))
     arrays, found, start = few_tokens(40), [], 0
-    step = jax.jit(cached_attention, static_argnames="first")
+    step = jax.jit(cached_attention, static_argnames=("first", "implementation"))
     for new in chunks:
         part = [array[:, start : start + new] for array in arrays]
-        out, cache = step(*part, cache, first=start == 0)
+        out, cache = step(*part, cache, first=start == 0, implementation=implementation)
         found.append(out)
         start += new
     out = np.concatenate(found, axis=1)
@@ -83,6 +83,20 @@ def test_a_sequence_that_outgrows_its_pages_gives_nan(chunks):
     expected = s2_jax.s2_attention(*arrays, cache.pattern)
     np.testing.assert_allclose(out[0, :32], expected[0, :32], atol=2e-6)
     np.testing.assert_allclose(out[1], expected[1], atol=2e-6)
+
+
+@pytest.mark.parametrize("kind", [EvictingCache, ContiguousCache])
+@pytest.mark.parametrize("max_length", [32, 100], ids=["one program a head", "several"])
+def test_a_step_past_the_end_gives_nan_to_what_counts(max_length, kind, implementation):
+    step = jax.jit(cached_attention, static_argnames=("first", "implementation"))
+    before, counts = [max_length, max_length - 1, max_length], [1, 1, 0]
+    cache, prompts = small_cache(kind, batch=3, max_length=max_length), few_tokens(max_length, 3)
+    _, cache = step(*prompts, cache, lengths=jnp.asarray(before, jnp.int32), first=True)
+    lengths = jnp.asarray(counts, jnp.int32)
+    out, _ = step(*few_tokens(1, 3), cache, lengths=lengths, implementation=implementation)
+    assert np.isnan(out[0]).all()
+    assert np.isfinite(out[1]).all()
+    assert not out[2].any()
 
 
 def test_traced_lengths_are_clipped():

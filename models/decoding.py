@@ -1,0 +1,137 @@
+"""The form of a model that decodes: the same results, weights laid out for products of one row.
+
+A token's step at batch 1 takes as long as it takes to read the weights. They are read fastest row
+by row (`models.products`), in few and large matrices.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from models.products import RowLinear
+from models.transformer import SwiGLU, Transformer
+from s2_jax.nnx import S2Attention
+from s2_jax.rope import rotate_from
+
+
+def for_decoding(model: Transformer) -> Transformer:
+    """The same model with kernels transposed, `[outputs, inputs]`, and those of one input joined.
+
+    It is called as before and gives the same but for the order of sums; its parameters have other
+    names and shapes, so that checkpoints do not fit. Embedding and norms are shared with `model`,
+    everything else is copied: `model` can be dropped. Works under `jit` and `nnx.eval_shape`.
+
+    Args:
+      model: with parameters of any dtype, which they keep.
+
+    Raises:
+      TypeError: not a `Transformer`, or one with layers of other classes, as the result has.
+      ValueError: biases, or heads split over a mesh axis (`head_axis`).
+    """
+    if not isinstance(model, Transformer):
+        raise TypeError(f"model must be a Transformer, got {type(model).__name__}")
+    if model.head is not None:
+        _check("head", model.head, nnx.Linear)
+    for number, block in enumerate(model.blocks):
+        _check(f"blocks[{number}].attention", block.attention, S2Attention)
+        _check(f"blocks[{number}].mlp", block.mlp, SwiGLU)
+    decoding = nnx.clone(model)  # modules of its own; the arrays are the same ones
+    for block in decoding.blocks:
+        block.attention = DecodingAttention(block.attention)
+        block.mlp = DecodingSwiGLU(block.mlp)
+    if decoding.head is not None:
+        decoding.head = _joined(decoding.head)
+    return decoding
+
+
+class DecodingAttention(S2Attention):
+    """`S2Attention` with one kernel for queries, keys and values.
+
+    Parameters: `query_key_value`, `[(num_heads + 2 num_kv_heads) * head_dim, in_features]`, and
+    `out`, `[in_features, num_heads * head_dim]`.
+    """
+
+    query_key_value: RowLinear
+    out: Any
+
+    def __init__(self, attention: S2Attention) -> None:
+        self.in_features = attention.in_features
+        self.num_heads = attention.num_heads
+        self.num_kv_heads = attention.num_kv_heads
+        self.head_dim = attention.head_dim
+        self.pattern = attention.pattern
+        self.rope_base = attention.rope_base
+        self.implementation = attention.implementation
+        self.head_axis = None
+        self.query_key_value = _joined(attention.query, attention.key, attention.value)
+        self.out = _joined(attention.out, inputs=self.num_heads * self.head_dim)
+
+    def project(
+        self, x: Float[Array, "*batch length in_features"], offset: Any = 0
+    ) -> tuple[
+        Float[Array, "*batch length heads head_dim"],
+        Float[Array, "*batch length kv_heads head_dim"],
+        Float[Array, "*batch length kv_heads head_dim"],
+    ]:
+        heads = self.query_key_value(x).reshape(*x.shape[:-1], -1, self.head_dim)
+        ends = [self.num_heads, self.num_heads + self.num_kv_heads]
+        query, key, value = jnp.split(heads, ends, axis=-2)
+        query, key = (rotate_from(each, offset, self.rope_base) for each in (query, key))
+        return query, key, value
+
+    def project_query(
+        self, x: Float[Array, "*batch length in_features"], query_offset: Any = 0
+    ) -> Float[Array, "*batch length heads head_dim"]:
+        return self.project(x, query_offset)[0]
+
+    def project_key_value(
+        self, x: Float[Array, "*batch length in_features"], offset: Any = 0
+    ) -> tuple[
+        Float[Array, "*batch length kv_heads head_dim"],
+        Float[Array, "*batch length kv_heads head_dim"],
+    ]:
+        return self.project(x, offset)[1:]
+
+    def _project_out(
+        self, attended: Float[Array, "*batch length heads head_dim"]
+    ) -> Float[Array, "*batch length in_features"]:
+        return self.out(attended.reshape(*attended.shape[:-2], -1))
+
+
+class DecodingSwiGLU(SwiGLU):
+    """`SwiGLU` with one kernel for gate and up.
+
+    Parameters: `gate_up`, `[2 * mlp_width, width]`, and `down`, `[width, mlp_width]`.
+    """
+
+    gate_up: RowLinear
+    down: Any
+
+    def __init__(self, mlp: SwiGLU) -> None:
+        self.gate_up = _joined(mlp.gate, mlp.up)
+        self.down = _joined(mlp.down)
+
+    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+        gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
+        return self.down(nnx.silu(gate) * up)
+
+
+def _joined(*linears: Any, inputs: int | None = None) -> RowLinear:
+    """One layer for several of one input; inputs: its size, if kernels have several axes for it."""
+    kernels = [linear.kernel[...] for linear in linears]
+    transposed = [kernel.reshape(inputs or kernel.shape[0], -1).T for kernel in kernels]
+    return RowLinear(jnp.concatenate(transposed), linears[0].dtype)
+
+
+def _check(name: str, module: Any, kind: type) -> None:
+    if type(module) is not kind:
+        raise TypeError(f"{name} must be {kind.__name__}, got {type(module).__name__}")
+    if (axis := getattr(module, "head_axis", None)) is not None:
+        raise ValueError(f"{name} splits its heads over head_axis={axis!r}")
+    for part in (module, *vars(module).values()):
+        if getattr(part, "bias", None) is not None:
+            raise ValueError(f"{name} has biases")
