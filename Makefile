@@ -54,6 +54,7 @@ $(CREATED):
 	$(PYTHON) -m venv $(if $(filter .venv%,$(VENV)),--clear) $(VENV)
 	@touch $@
 
+# --no-compile: most of pip's time would go into bytecode of modules that nothing imports.
 $(INSTALLED): $(CREATED) pyproject.toml $(CONSTRAINTS)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,plot,dev]' -c $(CONSTRAINTS)
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -e '.[train,plot,dev]' -c $(CONSTRAINTS)
 	@touch $@
