@@ -30,8 +30,9 @@ demo: $(INSTALLED) ## run the demo
 test: $(INSTALLED) ## run the tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q
 
+# worksteal here too: where short and long calls share a kernel, one worker compiles it once.
 compile: $(INSTALLED) ## compile every kernel with the official Triton; no GPU needed
-	$(BIN)/python -m pytest -n $(WORKERS) -q -m compile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q -m compile
 
 lint: $(INSTALLED) ## ruff check and ruff format --check
 	$(BIN)/ruff check
