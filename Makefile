@@ -30,8 +30,9 @@ demo: $(INSTALLED) ## run the demo
 test: $(INSTALLED) ## run the tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q
 
+# worksteal here too: where short and long calls share a kernel, one worker compiles it once.
 compile: $(INSTALLED) ## compile every kernel with the official Triton; no GPU needed
-	$(BIN)/python -m pytest -n $(WORKERS) -q -m compile
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q -m compile
 
 lint: $(INSTALLED) ## ruff check and ruff format --check
 	$(BIN)/ruff check
@@ -54,6 +55,7 @@ $(CREATED):
 	$(PYTHON) -m venv $(if $(filter .venv%,$(VENV)),--clear) $(VENV)
 	@touch $@
 
+# --no-compile: most of pip's time would go into bytecode of modules that nothing imports.
 $(INSTALLED): $(CREATED) pyproject.toml $(CONSTRAINTS)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[train,plot,dev]' -c $(CONSTRAINTS)
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -e '.[train,plot,dev]' -c $(CONSTRAINTS)
 	@touch $@
