@@ -26,6 +26,7 @@ HEAD_DIMS = (64, 80, 128, 192, 256)
 BLOCK_SIZES = (16, 32, 64, 128)
 _SHORT, _LONG = 1024, 1 << 20
 _KV_HEADS = 2
+_BATCH = 64  # so many that dk/dv keeps the heads of a group in one program, in a loop
 # A GPU for each generation; what is picked for a 100 is picked for a 120.
 _DEVICES = {80: "A100", 86: "A10G", 89: "L4", 90: "H100", 100: "B200", 120: "B200"}
 
@@ -54,11 +55,11 @@ def _window(block_size: int, causal: bool) -> s2_jax.Pattern:
 
 
 def _packed(q_len: int, kv_len: int) -> dict[str, Any]:
-    return {"segment_ids": jnp.zeros((1, q_len), jnp.int32)}
+    return {"segment_ids": jnp.zeros((_BATCH, q_len), jnp.int32)}
 
 
 def _padded(q_len: int, kv_len: int) -> dict[str, Any]:
-    lengths = jnp.ones((1,), jnp.int32)
+    lengths = jnp.ones((_BATCH,), jnp.int32)
     return {"query_seq_lengths": lengths, "key_value_seq_lengths": lengths}
 
 
@@ -118,8 +119,8 @@ class Case:
     def kernels(self) -> dict[str, KernelIR]:
         variant = VARIANTS[self.variant]
         length = 1000 if variant.ragged else 1024
-        queries = (1, length, _KV_HEADS * variant.group, self.head_dim)
-        keys = (1, length, _KV_HEADS, self.head_dim)
+        queries = (_BATCH, length, _KV_HEADS * variant.group, self.head_dim)
+        keys = (_BATCH, length, _KV_HEADS, self.head_dim)
         pattern = variant.pattern(self.block_size, variant.causal)
 
         def loss(query: Any, key: Any, value: Any, offset: Any) -> Any:
@@ -131,7 +132,7 @@ class Case:
             return out.astype(jnp.float32).sum()
 
         arrays = [jax.ShapeDtypeStruct(shape, self.dtype) for shape in (queries, keys, keys)]
-        offset = jax.ShapeDtypeStruct((1,), jnp.int32)
+        offset = jax.ShapeDtypeStruct((_BATCH,), jnp.int32)
         lowered = _lower(jax.grad(loss, argnums=(0, 1, 2)), *arrays, offset)
         return dict(zip(self.names, kernels_of(lowered), strict=True))
 

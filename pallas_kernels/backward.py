@@ -26,8 +26,10 @@ from pallas_kernels.lowering import call_kernel
 from pallas_kernels.program import KeyTile, Program, QueryTile
 from pallas_kernels.rows import load_rows, load_scalars, store_rows
 from pallas_kernels.softmax import add_dot, dot
+from pallas_kernels.tiles import Tile
 from pallas_kernels.walk import ListMeta, Turn, Walk
 
+_LONGEST = 1.7
 _INPUTS = ("query", "key", "value", "grad_out", "lse", "delta")
 
 
@@ -199,33 +201,52 @@ def dkv(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Ar
     query, key, value = inputs[:3]
     batch, q_len, num_heads, head_dim = query.shape
     kv_len, kv_heads, value_dim = value.shape[1:]
-    group = num_heads // kv_heads
     lists = settings.layouts.dkv()
+    group = num_heads // kv_heads
+    parts = parts_of_group(group, settings.tiles.dkv, lists.longest / max(1, batch * kv_heads))
+    members = group // parts
     named = operands(settings, lists, arrays, list_arrays)
-    grid = Grid(kv_heads, lists.num_tiles, batch, lists.heads_first)
-    dk, dv = call_kernel(
+    grid = Grid(kv_heads * parts, lists.num_tiles, batch, lists.heads_first)
+    dtypes = (key.dtype, value.dtype) if parts == 1 else (jnp.float32, jnp.float32)
+    shape = (batch, kv_len, kv_heads * parts)
+    sums = call_kernel(
         functools.partial(
             s2_dkv_kernel, names=tuple(named), settings=settings, meta=ListMeta.of(lists),
-            grid=grid, group=group,
+            grid=grid, group=members,
         ),
         (*inputs, *named.values()),
         name="s2_attention_dkv",
         grid=grid.shape,
         in_specs=[
-            grid.by_group(q_len, head_dim, group),
-            grid.by_head(kv_len, head_dim),
-            grid.by_head(kv_len, value_dim),
-            grid.by_group(q_len, value_dim, group),
-            grid.group_scalars(q_len, group),
-            grid.group_scalars(q_len, group),
+            grid.by_group(q_len, head_dim, members),
+            grid.by_head(kv_len, head_dim, parts),
+            grid.by_head(kv_len, value_dim, parts),
+            grid.by_group(q_len, value_dim, members),
+            grid.group_scalars(q_len, members),
+            grid.group_scalars(q_len, members),
             *operand_specs(named, grid),
         ],
         out_specs=[grid.by_head(kv_len, head_dim), grid.by_head(kv_len, value_dim)],
         out_shape=[
-            jax.ShapeDtypeStruct(key.shape, key.dtype),
-            jax.ShapeDtypeStruct(value.shape, value.dtype),
+            jax.ShapeDtypeStruct((*shape, dim), dtype)
+            for dim, dtype in zip((head_dim, value_dim), dtypes, strict=True)
         ],
         tile=settings.tiles.dkv,
         launcher=settings.launcher,
     )  # fmt: skip
+    if parts == 1:
+        return sums[0], sums[1]
+    wholes = (x.reshape(*key.shape[:3], parts, x.shape[-1]).sum(axis=3) for x in sums)
+    dk, dv = (x.astype(dtype) for x, dtype in zip(wholes, (key.dtype, value.dtype), strict=True))
     return dk, dv
+
+
+def parts_of_group(group: int, tile: Tile, longest: float) -> int:
+    """Into how many programs to split the heads of a group, each for some of them.
+
+    longest: what the longest row takes, as a share of the time that all take where programs of
+    four warps share them out evenly. It may take a little more than that: each part costs a float32
+    sum of its own, written and read again.
+    """
+    longest *= 4 / tile.num_warps
+    return next((n for n in range(1, group) if group % n == 0 and longest / n < _LONGEST), group)

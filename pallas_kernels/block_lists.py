@@ -35,6 +35,7 @@ MAX_COUNT = (1 << COUNT_BITS) - 1
         "whole",
         "heads_first",
         "shared",
+        "longest",
     ],
 )
 @dataclasses.dataclass(frozen=True)
@@ -77,6 +78,7 @@ class BlockLists:
     whole: bool
     heads_first: bool
     shared: bool
+    longest: float
 
     @property
     def arrays(self) -> dict[str, jax.Array]:

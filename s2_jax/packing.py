@@ -28,6 +28,7 @@ def pack(heads: list[HeadLists], geometry: Geometry) -> BlockLists:
     packed = [_pack_head(head, geometry) for head in heads]
     orders, run_counts, runs, partial_counts, partials = zip(*packed, strict=True)
     parts, rows = np.array(orders, dtype=np.int32), geometry.rows
+    longest = _longest(heads)
     length = geometry.fixed_range[1]
     lists = BlockLists(
         order=parts[..., 0] // rows if geometry.fixed == "q" else parts.reshape(len(heads), -1),
@@ -44,24 +45,22 @@ def pack(heads: list[HeadLists], geometry: Geometry) -> BlockLists:
         group=geometry.walk_tile // geometry.unit,
         rows=rows,
         whole=bool(parts.min() >= 0 and (parts.max() + 1) * geometry.part <= length),
-        heads_first=_long_rows_matter(heads, geometry),
+        heads_first=longest / geometry.heads > 1 / 4,
         shared=geometry.fixed == "kv" and geometry.any_order,
+        longest=longest,
     )
     for array in (lists.order, lists.run_start, lists.runs, lists.partial_start, lists.partial):
         array.flags.writeable = False
     return lists
 
 
-def _long_rows_matter(heads: list[HeadLists], geometry: Geometry) -> bool:
-    """Whether the longest row is a large part of what a GPU's programs do one after another.
-
-    Taken for heads that share the distinct patterns evenly, as many as `geometry.heads`.
-    """
+def _longest(heads: list[HeadLists]) -> float:
+    """The longest row, as a share of what a GPU's programs do one after another for one head."""
     work = [
         np.bincount(head.run_tile, head.runs[:, 2], minlength=len(head.parts)) for head in heads
     ]
-    in_turn = np.mean(work) * len(work[0]) * geometry.heads / _PROGRAMS_AT_ONCE
-    return bool(np.max(work, initial=0) > in_turn / 4)
+    in_turn = np.mean(work) * len(work[0]) / _PROGRAMS_AT_ONCE
+    return float(np.max(work) / in_turn) if in_turn else 0.0
 
 
 def _pack_head(head: HeadLists, geometry: Geometry) -> tuple[np.ndarray, ...]:
