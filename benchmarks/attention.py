@@ -100,17 +100,20 @@ def run(
         pool = Pool(settings.out.with_suffix(""), timeouts or Timeouts(), deadline=end)
         bench = Bench(pool, status)
         try:
+            before: list[Item] | None = None
             for i, cell in enumerate(cells):
                 left, what = end - time.perf_counter(), report.describe(cell[-1].case)
                 if left < expected_seconds(cell, bench.taken) or left <= 0:
                     result["not_measured"].append(what)
                     continue
-                if i and cell[0].case.shape != cells[i - 1][0].case.shape:
+                if before and cell[0].case.shape != before[0].case.shape:
                     pool.clear()
                 pool.renew(environments_of(cell, gpu, caches))
                 limit_s, ahead_s = settings.budget_s / 20, left / 8
-                for _ in bench.measure(cell, settings.rounds, limit_s, _ahead(cells, i), ahead_s):
+                ahead = _ahead(cells[i:], before)
+                for _ in bench.measure(cell, settings.rounds, limit_s, ahead, ahead_s):
                     write(cell)
+                before = cell
                 taken = bench.taken[-1]
                 rows += _rows(cell, status)
                 print(
@@ -124,12 +127,12 @@ def run(
     return result
 
 
-def _ahead(cells: list[list[Item]], i: int) -> list[Item]:
-    """What workers that start with this cell will be asked for."""
-    alike = memory_class(cells[i])
-    if i and memory_class(cells[i - 1]) == alike:
+def _ahead(cells: list[list[Item]], before: list[Item] | None) -> list[Item]:
+    """What workers that start with the first of these cells will be asked for."""
+    alike = memory_class(cells[0])
+    if before and memory_class(before) == alike:
         return []
-    return [item for cell in cells[i:] if memory_class(cell) == alike for item in cell]
+    return [item for cell in cells if memory_class(cell) == alike for item in cell]
 
 
 def _times(cell: list[Item]) -> str:

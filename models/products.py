@@ -37,12 +37,14 @@ def row_product(
 class RowLinear(nnx.Module):
     """`nnx.Linear` without a bias, by `row_product`.
 
-    kernel: `[outputs, inputs]`, any float dtype. dtype: of the computation and the result.
+    kernel: `[outputs, inputs]`, any float dtype. dtype: of the computation and the result; None:
+    that of input and kernel together, as in `nnx.Linear`.
     """
 
     def __init__(self, kernel: Float[Array, "outputs inputs"], dtype: Any) -> None:
         self.kernel = nnx.Param(kernel)
-        self.dtype = jnp.dtype(dtype)
+        self.dtype = None if dtype is None else jnp.dtype(dtype)
 
     def __call__(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
-        return row_product(x, self.kernel[...], self.dtype)
+        kernel = self.kernel[...]
+        return row_product(x, kernel, self.dtype or jnp.promote_types(x.dtype, kernel.dtype))

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import PartitionSpec, get_abstract_mesh
+from jax.sharding import AxisType, PartitionSpec, get_abstract_mesh
 from jaxtyping import Array, Float, Int
 
 from models.cache import LayerCache, ModelCache
@@ -196,7 +196,7 @@ def gather(x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
     """From the residual stream, which lies split by tokens over axis tensor, to whole rows.
 
     Over data and fsdp it is split by batch: parameters come to where rows are. The mesh is the one
-    that `jax.set_mesh` put in scope; without, nothing changes.
+    that `jax.set_mesh` put in scope, whose Auto axes count; without, nothing changes.
     """
     return _split(_split(x, "tensor"))  # both, so that gradients go the same way back
 
@@ -211,7 +211,9 @@ def scatter(x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
 
 
 def _split(x: Array, *axes: str) -> Array:
-    there = get_abstract_mesh().axis_names
+    mesh = get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    there = {name for name, kind in kinds if kind == AxisType.Auto}
     batch = tuple(axis for axis in ("data", "fsdp") if axis in there)
     rest = [axis for axis in axes if axis in there]
     if not batch and not rest:

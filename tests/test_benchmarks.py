@@ -275,6 +275,15 @@ def test_a_cell_that_likely_does_not_fit_is_not_begun(measure, monkeypatch):
     assert not any(line in log for line in ("prepare s2_jax 96 32", "round s2_jax 96 32"))
 
 
+def test_inputs_go_where_the_first_cell_of_the_next_shape_is_left_out(measure, monkeypatch):
+    cells = [TINY, *(dataclasses.replace(TINY, length=192, stride=n) for n in (32, 3))]
+    monkeypatch.setattr(
+        attention, "expected_seconds", lambda cell, taken: 1e9 * (cell[0].case.stride == 32)
+    )
+    _, log = measure(cells, ("s2_jax",), rounds=1)
+    assert log.index("clear s2_jax") < log.index("prepare s2_jax 192 3")
+
+
 def test_no_answer_is_awaited_far_beyond_the_budget(measure, monkeypatch):
     monkeypatch.setattr(workers, "_LEAST_TIMEOUT", 0.5)
     result, _ = measure(patterns(HANGS, 16), ("s2_jax", "dkernel"), rounds=1, budget_s=4)

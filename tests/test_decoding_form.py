@@ -261,3 +261,25 @@ def test_a_head_with_biases_is_refused():
         for_decoding(model)
     model.head = None
     assert not isinstance(for_decoding(model).head, RowLinear)
+
+
+def test_layers_without_a_dtype_compute_in_that_of_their_arrays():
+    config = dataclasses.replace(CONFIG, dtype="bfloat16", param_dtype="bfloat16")
+    model = make(config)
+    for block, pattern in zip(model.blocks, config.patterns(), strict=True):
+        block.attention = S2Attention(
+            21, 6, pattern, num_kv_heads=3, head_dim=10, rope_base=1e4, param_dtype=jnp.bfloat16,
+            rngs=nnx.Rngs(1),
+        )  # fmt: skip
+    model.head = nnx.Linear(21, 31, use_bias=False, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(2))
+    for batch in (1, 2):
+        got = in_chunks(config, for_decoding(model), tokens(batch), "evicting")
+        want = in_chunks(config, model, tokens(batch), "evicting")
+        np.testing.assert_allclose(got, want, rtol=0.1, atol=0.1)
+
+
+def test_a_product_without_a_dtype_is_promoted():
+    layer = RowLinear(draw(5, 7, dtype="bfloat16"), None)
+    assert layer(draw(3, 7, dtype="bfloat16")).dtype == jnp.bfloat16
+    with jax.numpy_dtype_promotion("standard"):
+        assert layer(draw(3, 7)).dtype == jnp.float32

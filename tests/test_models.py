@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import AbstractMesh, use_abstract_mesh
+from jax.sharding import AbstractMesh, AxisType, use_abstract_mesh
+from jax.sharding import PartitionSpec as P
 
 import s2_jax
 from models import HybridConfig, ModelConfig, Transformer
@@ -278,3 +279,27 @@ def test_a_model_refuses(change, message):
 def test_a_hybrid_refuses(change, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(HYBRID, **change)
+
+
+@pytest.mark.parametrize("way", ["pmap", "shard_map", "explicit"])
+def test_axes_of_other_meshes_may_have_any_name(way):
+    """The model splits what it computes over Auto axes alone."""
+    config = ModelConfig(num_layers=1, width=16, num_heads=2, num_kv_heads=2, mlp_width=24)
+    model = Transformer(config, rngs=nnx.Rngs(0))
+    graphdef, params = nnx.split(model)
+    tokens = jax.random.randint(jax.random.key(0), (2, 1, 33), 0, 256)
+    run = lambda params, tokens: nnx.merge(graphdef, params)(tokens)  # noqa: E731
+    want = jax.vmap(run, (None, 0))(params, tokens)
+    kind = AxisType.Explicit if way == "explicit" else AxisType.Auto
+    mesh = jax.make_mesh((2,), ("tensor",), axis_types=(kind,))
+    if way == "pmap":
+        got = jax.pmap(run, axis_name="tensor", in_axes=(None, 0))(params, tokens)
+    elif way == "shard_map":
+        split = jax.shard_map(
+            run, mesh=mesh, in_specs=(P(), P("tensor")), out_specs=P("tensor"), check_vma=False
+        )
+        got = jax.jit(split)(params, tokens[:, 0])[:, None]
+    else:
+        with jax.set_mesh(mesh):
+            got = jax.jit(run)(params, tokens[:, 0])[:, None]
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)

@@ -1,7 +1,8 @@
 """Where each array of a run lies on a mesh of the axes data, fsdp and tensor.
 
 The batch is split over data and fsdp; parameters, and with them the optimiser's moments, over fsdp
-and tensor by the rules below. Attention is split by heads.
+and tensor by the rules below. Attention is split by heads; between the products of a layer
+`models.transformer` splits what it computes by tokens over tensor.
 """
 
 from __future__ import annotations
