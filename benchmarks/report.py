@@ -143,7 +143,8 @@ def _phases(result: dict[str, Any]) -> list[str]:
     found: dict[str, dict[str, float]] = result.get("phases", {})
     names = [phase for phase in PHASES if any(phase in seconds for seconds in found.values())]
     lines = [["seconds", *names, "waited"]]
-    for framework, seconds in found.items():
+    for framework in (name for name in FRAMEWORKS if name in found):  # they begin in any order
+        seconds = found[framework]
         waited = result["seconds"] - sum(seconds.values())
         numbers = [*(seconds.get(name, 0.0) for name in names), waited]
         lines.append([framework, *(f"{number:.1f}" for number in numbers)])
