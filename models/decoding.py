@@ -6,16 +6,22 @@ by row (`models.products`), in few and large matrices.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
+from models.cache import LayerCache
 from models.products import RowLinear
-from models.transformer import SwiGLU, Transformer
+from models.transformer import Block, RMSNorm, SwiGLU, Transformer, normed
+from pallas_kernels.add_norm import add_norm_over_mesh
+from s2_jax.implementations import KERNEL_DTYPES, run
 from s2_jax.nnx import S2Attention
 from s2_jax.rope import rotate_from
+
+_MOST_ROWS = 64  # that a norm's kernel is for; XLA is as fast with many
 
 
 def for_decoding(model: Transformer) -> Transformer:
@@ -40,12 +46,82 @@ def for_decoding(model: Transformer) -> Transformer:
         _check(f"blocks[{number}].attention", block.attention, S2Attention)
         _check(f"blocks[{number}].mlp", block.mlp, SwiGLU)
     decoding = nnx.clone(model)  # modules of its own; the arrays are the same ones
-    for block in decoding.blocks:
-        block.attention = DecodingAttention(block.attention)
-        block.mlp = DecodingSwiGLU(block.mlp)
+    decoding.blocks = nnx.List([DecodingBlock(block) for block in decoding.blocks])
+    last = decoding.blocks[-1].attention.implementation
+    decoding.norm = DecodingNorm(decoding.norm, last)
     if decoding.head is not None:
         decoding.head = _joined(decoding.head)
     return decoding
+
+
+class Stream(NamedTuple):
+    """The residual stream, and what the last layer adds to it, as a sum over parts."""
+
+    x: Float[Array, "b l d"]
+    added: Float[Array, "b l d parts"]
+
+
+class DecodingNorm(RMSNorm):
+    """`RMSNorm`, also of what a `Stream` is the sum of.
+
+    implementation: of the attention that the norm belongs to; what runs its kernels runs the
+    norm's.
+    """
+
+    def __init__(self, norm: RMSNorm, implementation: str | None) -> None:
+        self.epsilon = norm.epsilon
+        self.scale = norm.scale
+        self.implementation = implementation
+
+    def __call__(self, x: Float[Array, "b l d"] | Stream) -> Float[Array, "b l d"]:
+        return self.joined(x)[1]
+
+    def joined(
+        self, stream: Float[Array, "b l d"] | Stream
+    ) -> tuple[Float[Array, "b l d"], Float[Array, "b l d"]]:
+        """The sum of a stream, and its norm."""
+        if not isinstance(stream, Stream):
+            return stream, normed(stream, self.scale[...], self.epsilon)
+        x, added = stream
+        rows = x.size // x.shape[-1]
+        if rows > _MOST_ROWS or x.dtype not in KERNEL_DTYPES:
+            return self._joined(x, added, self.scale[...])
+        arrays = x.reshape(rows, -1), added.reshape(rows, *added.shape[-2:]), self.scale[...]
+        kernel = functools.partial(add_norm_over_mesh, epsilon=self.epsilon)
+        found = run(self.implementation, kernel, self._joined, *arrays)
+        return found[0].reshape(x.shape), found[1].reshape(x.shape)
+
+    def _joined(self, x: Array, added: Array, scale: Array) -> tuple[Array, Array]:
+        x = x + added.sum(axis=-1).astype(x.dtype)
+        return x, normed(x, scale, self.epsilon)
+
+
+class DecodingBlock(Block):
+    """`Block` whose layers hand on what they add to the residual stream: the next norm adds it."""
+
+    attention_norm: DecodingNorm
+    mlp_norm: DecodingNorm
+    mlp: DecodingSwiGLU
+
+    def __init__(self, block: Block) -> None:
+        implementation = block.attention.implementation
+        self.attention_norm = DecodingNorm(block.attention_norm, implementation)
+        self.attention = DecodingAttention(block.attention)
+        self.mlp_norm = DecodingNorm(block.mlp_norm, implementation)
+        self.mlp = DecodingSwiGLU(block.mlp)
+
+    def extend(
+        self,
+        x: Float[Array, "b l d"] | Stream,
+        cache: LayerCache,
+        lengths: Int[Array, " b"] | None,
+        first: bool,
+    ) -> tuple[Any, LayerCache]:
+        """The same for a `Stream`, which it returns."""
+        x, y = self.attention_norm.joined(x)
+        attended, cache = self.attention.extend(y, cache, lengths=lengths, first=first)
+        x, y = self.mlp_norm.joined(Stream(x, attended[..., None]))
+        return Stream(x, self.mlp.sums(y)), cache
 
 
 class DecodingAttention(S2Attention):
@@ -77,10 +153,14 @@ class DecodingAttention(S2Attention):
         Float[Array, "*batch length kv_heads head_dim"],
         Float[Array, "*batch length kv_heads head_dim"],
     ]:
+        query, key, value = self._project(x)
+        query, key = (rotate_from(each, offset, self.rope_base) for each in (query, key))
+        return query, key, value
+
+    def _project(self, x: Float[Array, "*batch length in_features"]) -> tuple[Array, Array, Array]:
         heads = self.query_key_value(x).reshape(*x.shape[:-1], -1, self.head_dim)
         ends = [self.num_heads, self.num_heads + self.num_kv_heads]
         query, key, value = jnp.split(heads, ends, axis=-2)
-        query, key = (rotate_from(each, offset, self.rope_base) for each in (query, key))
         return query, key, value
 
     def project_query(
@@ -116,8 +196,15 @@ class DecodingSwiGLU(SwiGLU):
         self.down = _joined(mlp.down)
 
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+        return self.down(self._inner(x))
+
+    def sums(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d parts"]:
+        """The same as `RowLinear.sums`."""
+        return self.down.sums(self._inner(x))
+
+    def _inner(self, x: Float[Array, "b l d"]) -> Float[Array, "b l f"]:
         gate, up = jnp.split(self.gate_up(x), 2, axis=-1)
-        return self.down(nnx.silu(gate) * up)
+        return nnx.silu(gate) * up
 
 
 def _joined(*linears: Any, inputs: int | None = None) -> RowLinear:

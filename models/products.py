@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+_LONGEST_SUM, _MOST_PARTS = 8192, 8
+
 
 def row_product(
     x: Float[Array, "*rows inputs"], kernel: Float[Array, "outputs inputs"], dtype: Any
@@ -26,12 +28,27 @@ def row_product(
     inputs = x.shape[-1]
     if kernel.ndim != 2 or kernel.shape[1] != inputs:
         raise ValueError(f"kernel must be [outputs, {inputs}], got shape {kernel.shape}")
-    x, kernel = x.astype(dtype), kernel.astype(dtype)
     if x.size == inputs:
-        # One row: XLA reads a matrix faster in a reduction than in a product.
-        terms = x.astype(jnp.float32).reshape(1, inputs) * kernel.astype(jnp.float32)
-        return jnp.sum(terms, axis=1).astype(dtype).reshape(*x.shape[:-1], -1)
+        sums = row_sums(x, kernel, dtype).sum(axis=-1)
+        return sums.astype(dtype).reshape(*x.shape[:-1], -1)
+    x, kernel = x.astype(dtype), kernel.astype(dtype)
     return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (1,)), ((), ())))
+
+
+def row_sums(
+    x: Float[Array, "*ones inputs"], kernel: Float[Array, "outputs inputs"], dtype: Any
+) -> Float[Array, "outputs parts"]:
+    """One row's product, in float32, whose sum over the parts is still to be taken.
+
+    XLA reads a matrix faster in a reduction than in a product, but for rows so long that they take
+    a thread block of which a multiprocessor holds few: those are summed in parts.
+    """
+    outputs, inputs = kernel.shape
+    fits = (n for n in range(1, _MOST_PARTS + 1) if inputs % n == 0 and inputs <= n * _LONGEST_SUM)
+    parts = next(fits, 1)
+    x = x.astype(dtype).astype(jnp.float32).reshape(1, parts, -1)
+    terms = x * kernel.astype(dtype).astype(jnp.float32).reshape(outputs, parts, -1)
+    return jnp.sum(terms, axis=2)
 
 
 class RowLinear(nnx.Module):
@@ -46,5 +63,14 @@ class RowLinear(nnx.Module):
         self.dtype = None if dtype is None else jnp.dtype(dtype)
 
     def __call__(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
-        kernel = self.kernel[...]
-        return row_product(x, kernel, self.dtype or jnp.promote_types(x.dtype, kernel.dtype))
+        return row_product(x, self.kernel[...], self._dtype(x))
+
+    def sums(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs parts"]:
+        """The same before the last sums are taken, where there are any: see `row_sums`."""
+        if x.size != x.shape[-1]:
+            return self(x)[..., None]
+        sums = row_sums(x, self.kernel[...], self._dtype(x))
+        return sums.reshape(*x.shape[:-1], *sums.shape)
+
+    def _dtype(self, x: Array) -> Any:
+        return self.dtype or jnp.promote_types(x.dtype, self.kernel[...].dtype)

@@ -42,9 +42,15 @@ class RMSNorm(nnx.Module):
         self.scale = nnx.Param(jnp.ones((width,), jnp.float32))
 
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.epsilon)
-        return (y * self.scale[...][None, None, :]).astype(x.dtype)
+        return normed(x, self.scale[...], self.epsilon)
+
+
+def normed(
+    x: Float[Array, "*rows d"], scale: Float[Array, " d"], epsilon: float
+) -> Float[Array, "*rows d"]:
+    y = x.astype(jnp.float32)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + epsilon)
+    return (y * scale.reshape((1,) * (x.ndim - 1) + scale.shape)).astype(x.dtype)
 
 
 class SwiGLU(nnx.Module):

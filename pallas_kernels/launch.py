@@ -49,7 +49,8 @@ def _lower(ctx: Any, *operands: Any, jaxpr: ClosedJaxpr, compute_capability: int
     op.erase()
     binary = compile_kernel(kernel, compute_capability)
     opaque = kernel_call.opaque(kernel, binary, compute_capability)
-    rule = jax.ffi.ffi_lowering(kernel_call.TARGET)
+    aliases = dict(call.params["input_output_aliases"])
+    rule = jax.ffi.ffi_lowering(kernel_call.TARGET, operand_output_aliases=aliases)
     return rule(ctx, *operands, name=kernel.name, opaque=opaque)
 
 

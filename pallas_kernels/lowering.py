@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -93,8 +93,12 @@ def call_kernel(
     out_shape: Sequence[jax.ShapeDtypeStruct],
     tile: Tile,
     launcher: Launcher,
+    aliases: Mapping[int, int] | None = None,
 ) -> Sequence[jax.Array]:
-    """Runs a kernel over a grid, by the launcher asked for."""
+    """Runs a kernel over a grid, by the launcher asked for.
+
+    aliases: operand -> result, which begins as that operand and may take its memory.
+    """
     operands = vary_alike(operands)
     varying = jax.typeof(operands[0]).manual_axis_type
     out_shape = [
@@ -108,6 +112,7 @@ def call_kernel(
         out_specs=list(out_specs),
         out_shape=out_shape,
         compiler_params=parameters,
+        input_output_aliases=dict(aliases or {}),
         interpret=launcher == "interpret",
         name=name,
     )

@@ -20,19 +20,13 @@ from pallas_kernels.tiles import TileConfig, pick_tiles
 from pallas_kernels.tokens import Tokens
 from s2_jax.checks import Call, check_call, check_implementation
 from s2_jax.cudnn import check_cudnn, cudnn_attention
+from s2_jax.implementations import KERNEL_DTYPES, LAUNCHERS, on_old_gpu
 from s2_jax.layout import PatternLayouts, gathers_keys, number_patterns
 from s2_jax.patterns import Pattern
 from s2_jax.reference import reference_attention
 from s2_jax.structure import Heads, boolean
 
-_KERNEL_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 _MAX_HEAD_DIM = 256
-LAUNCHERS: dict[str | None, lowering.Launcher] = {
-    None: "pallas",
-    "triton": "pallas",
-    "jax_triton": "jax_triton",
-    "interpret": "interpret",
-}
 
 
 def s2_attention(
@@ -238,8 +232,7 @@ def choose(call: Call, implementation: str | None) -> str:
         return "reference"
     missing = _missing_in_kernels(call)
     on_gpu = lowering.target_platform() in ("gpu", "cuda")
-    capability = lowering.compute_capability()
-    too_old = on_gpu and (capability or 0) < lowering.OLDEST_COMPUTE_CAPABILITY
+    capability, too_old = lowering.compute_capability(), on_old_gpu()
     if implementation is None:
         if missing and not on_gpu:
             return "reference"
@@ -274,7 +267,7 @@ def _missing_in_kernels(call: Call) -> str | None:
     dims = (call.query.shape[-1], call.value.shape[-1])
     reasons = {
         f"dtype {call.query.dtype} (they take bfloat16, float16 and float32)": (
-            call.query.dtype not in _KERNEL_DTYPES
+            call.query.dtype not in KERNEL_DTYPES
         ),
         f"head dims above {_MAX_HEAD_DIM}, got {max(dims)}": max(dims) > _MAX_HEAD_DIM,
     }

@@ -9,14 +9,14 @@ from typing import Any, TypeVar, cast
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.custom_batching import sequential_vmap
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.append import Token, append_over_mesh
 from pallas_kernels.decode import NO_ROOM, DecodeSettings
 from pallas_kernels.decode_partition import decode_over_mesh
 from pallas_kernels.explicit import is_split
-from pallas_kernels.lowering import vary_alike
-from s2_jax.attention import LAUNCHERS, choose, s2_attention
+from pallas_kernels.lowering import Launcher
+from s2_jax.attention import choose, s2_attention
 from s2_jax.cache_checks import check_new
 from s2_jax.cache_lists import Queries
 from s2_jax.checks import Call, check_call, check_implementation, check_lengths
@@ -24,6 +24,8 @@ from s2_jax.contiguous_cache import ContiguousCache
 from s2_jax.cudnn import can_step, cudnn_step
 from s2_jax.decode_reference import reference_decode
 from s2_jax.evicting_cache import EvictingCache
+from s2_jax.implementations import run
+from s2_jax.rope import check_rope, cos_and_sin, rotate_from
 from s2_jax.structure import boolean
 
 Cache = TypeVar("Cache", bound=ContiguousCache | EvictingCache)
@@ -42,6 +44,7 @@ def cached_attention(
     scale: float | None = None,
     logits_soft_cap: float | None = None,
     head_axis: str | None = None,
+    rope_base: float | None = None,
     implementation: str | None = None,
 ) -> tuple[Float[Array, "batch new heads value_dim"], Cache]:
     """Appends new keys and values to a cache, and attends to all that the pattern shows of it.
@@ -53,7 +56,7 @@ def cached_attention(
 
     Args:
       query, key, value: of the new tokens, which stand at positions `cache.length + arange(new)`;
-        one dtype, that of the cache. Rotary embedding is the caller's.
+        one dtype, that of the cache.
       cache: a `ContiguousCache` or an `EvictingCache`. It is not changed; donate it under `jit`, so
         that the new one takes its memory.
       lengths: int32 `[batch]`, how many of the new tokens count in each sequence (the leading ones;
@@ -62,6 +65,8 @@ def cached_attention(
         is attended to directly, which is faster than to an empty cache.
       scale, logits_soft_cap, implementation: as for `s2_attention`.
       head_axis: mesh axis over which heads, and the cache, are split inside `shard_map` or `pmap`.
+      rope_base: queries and keys are first turned for their positions, as by `s2_jax.rope.rotate`
+        with this base; None: they come as they are to be.
 
     Returns:
       Output `[batch, new, heads, value_dim]` and the new cache. Tokens past `cache.max_length`, or
@@ -96,13 +101,20 @@ def cached_attention(
     lengths = check_lengths("lengths", lengths, cache.length.shape[0], new, unbatched=False)
     if boolean("first", first) and new > cache.max_length:
         raise ValueError(f"{new} new tokens are more than max_length={cache.max_length}")
+    if rope_base is not None:
+        check_rope(call.query.shape[-1], rope_base)
     if choose(call, implementation) == "reference":
         implementation = "reference"
-    return _extend(call, cache, lengths, first, implementation)
+    return _extend(call, cache, lengths, first, rope_base, implementation)
 
 
 def _extend(
-    call: Call, cache: Cache, lengths: Array | None, first: bool, implementation: str | None
+    call: Call,
+    cache: Cache,
+    lengths: Array | None,
+    first: bool,
+    rope_base: float | None,
+    implementation: str | None,
 ) -> tuple[Array, Cache]:
     """`cached_attention`, its arguments checked."""
     new = call.query.shape[1]
@@ -115,7 +127,17 @@ def _extend(
     kv_heads = jnp.arange(call.key.shape[2], dtype=jnp.int32)
     if call.head_axis is not None:
         kv_heads += lax.axis_index(call.head_axis).astype(jnp.int32) * kv_heads.size
-    start, grown = before.length, before.append(call.key, call.value, lengths, kv_heads)
+    start = before.length
+    if (
+        new == 1
+        and not first
+        and implementation != "reference"
+        and call.query.shape[-1] == call.value.shape[-1]
+    ):
+        call, grown = _join(call, before, lengths, kv_heads, rope_base, implementation)
+    else:
+        call = _turned(call, 0 if first else start, rope_base)
+        grown = before.append(call.key, call.value, lengths, kv_heads)
     attend = functools.partial(
         s2_attention,
         pattern=cache.pattern,
@@ -166,6 +188,39 @@ def _(*_: Any) -> Any:
     raise NotImplementedError("cached_attention has no gradients; s2_attention has")
 
 
+def _turned(call: Call, offset: Any, rope_base: float | None) -> Call:
+    query, key = (rotate_from(x, offset, rope_base) for x in (call.query, call.key))
+    return dataclasses.replace(call, query=query, key=key)
+
+
+def _join(
+    call: Call,
+    before: Cache,
+    lengths: Array,
+    kv_heads: Array,
+    rope_base: float | None,
+    implementation: str | None,
+) -> tuple[Call, Cache]:
+    """One token of each sequence is turned and joins the cache, all by one kernel."""
+    row, table = before.places(1, lengths, kv_heads)
+    angles: tuple[Any, Any] = (None, None)
+    if rope_base is not None:
+        angles = cos_and_sin(before.length, call.query.shape[-1], rope_base)
+    token = Token(call.query[:, 0], call.key[:, 0], call.value[:, 0], *angles)
+    kernel = functools.partial(append_over_mesh, paged=before.paged)
+
+    def reference(_: Any, __: Any, key: Array, value: Array) -> tuple[Array, Array, Array]:
+        turned = _turned(call, before.length, rope_base)
+        held = dataclasses.replace(before, key=key, value=value)
+        after = held.append(turned.key, turned.value, lengths, kv_heads)
+        return turned.query[:, 0], after.key, after.value
+
+    found = run(implementation, kernel, reference, token, row[..., 0], before.key, before.value)
+    query, key, value = found
+    grown = cast(Cache, before.with_rows(key, value, cast(Any, table)))
+    return dataclasses.replace(call, query=query[:, None]), grown
+
+
 def _decode(
     call: Call, cache: ContiguousCache | EvictingCache, queries: Queries, implementation: str | None
 ) -> Array:
@@ -175,20 +230,15 @@ def _decode(
         paged=cache.paged,
         soft_cap=call.logits_soft_cap,
         window=cache.pattern.token_window()[1],
-        launcher=LAUNCHERS.get(implementation, "pallas"),
     )
     # Kernels want a positive scale, under which the largest raw score stays the largest.
     query = call.query if call.scale > 0 else call.query * (-1 if call.scale else 0)
-    # Mapped by vmap, the kernel runs for one entry after the other.
-    kernel: Any = sequential_vmap(functools.partial(decode_over_mesh, settings))
+
+    def kernel(*operands: Any, launcher: Launcher) -> tuple[Array, Array]:
+        return decode_over_mesh(dataclasses.replace(settings, launcher=launcher), *operands)
+
     reference = functools.partial(reference_decode, settings)
-    if implementation == "reference":
-        kernel = reference
     rows, position = queries.pack(query)
-    arrays, tree = jax.tree.flatten((rows, cache.key, cache.value, position, cache.lists(queries)))
-    operands = jax.tree.unflatten(tree, vary_alike(arrays))
-    if implementation is None:
-        out, _ = lax.platform_dependent(*operands, cuda=kernel, default=reference)
-    else:
-        out, _ = kernel(*operands)
+    operands = (rows, cache.key, cache.value, position, cache.lists(queries))
+    out, _ = run(implementation, kernel, reference, *operands)
     return queries.unpack(out)

@@ -104,16 +104,29 @@ class ContiguousCache:
         kv_heads: Int[Array, " kv_heads"],
     ) -> Self:
         """With the first `lengths` of the new tokens; what has no room is left out."""
-        step = jnp.arange(key.shape[1], dtype=jnp.int32)[None]
+        row = self._rows(key.shape[1], lengths)
+        stored = write_rows(self.key, row, key), write_rows(self.value, row, value)
+        return self.with_rows(*stored, self.length + lengths)
+
+    def places(
+        self, new: int, lengths: Int[Array, " batch"], kv_heads: Int[Array, " kv_heads"]
+    ) -> tuple[Int[Array, "batch kv_heads new"], Int[Array, " batch"]]:
+        """Which row each head takes up to `new` tokens in, and the lengths then.
+
+        The first `lengths` have a place; each other one has a row of its own past the end.
+        """
+        row = self._rows(new, lengths)[:, None]
+        shape = (row.shape[0], kv_heads.size, new)
+        return jnp.broadcast_to(row, shape), self.length + lengths
+
+    def with_rows(self, key: Array, value: Array, table: Int[Array, " batch"]) -> Self:
+        return dataclasses.replace(self, key=key, value=value, length=table)
+
+    def _rows(self, new: int, lengths: Array) -> Int[Array, "batch new"]:
+        step = jnp.arange(new, dtype=jnp.int32)[None]
         position = self.length[:, None] + step
         fits = (step < lengths[:, None]) & (position < self.max_length)
-        row = jnp.where(fits, position, self.key.shape[1] + step)
-        return dataclasses.replace(
-            self,
-            key=write_rows(self.key, row, key),
-            value=write_rows(self.value, row, value),
-            length=self.length + lengths,
-        )
+        return jnp.where(fits, position, self.key.shape[1] + step)
 
     def lists(self, queries: Queries) -> DecodeLists:
         """What queries see of it: the visible blocks of each head, side by side."""

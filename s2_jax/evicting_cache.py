@@ -193,28 +193,36 @@ class EvictingCache:
 
         New blocks take the slots that the plan gives them, and so evict what was there.
         """
-        table = self._advanced(key.shape[1], lengths, kv_heads)
-        step = jnp.arange(key.shape[1], dtype=jnp.int32)[None]
-        position = self.length[:, None] + step
-        size = self.pattern.block_size
-        page = self._page_of(table, position // size, kv_heads)
-        fits = (step < lengths[:, None]) & (position < self.max_length)
-        # One place for each that is left out, so that no index comes twice.
-        nowhere = self.key.shape[1] + jnp.arange(position.size, dtype=jnp.int32)
-        nowhere = nowhere.reshape(position.shape)[:, None]
-        page = jnp.where(fits[:, None] & (page >= 0), page, nowhere)
+        row, table = self.places(key.shape[1], lengths, kv_heads)
 
         # By vmap, so that a mesh which splits the heads need not exchange anything.
         @functools.partial(jax.vmap, in_axes=(0, 1, 2))
-        def write(pages: Array, page: Array, new: Array) -> Array:
-            return pages.at[page, position % size].set(new, mode="drop", unique_indices=True)
+        def write(pages: Array, row: Array, new: Array) -> Array:
+            rows = pages.reshape(-1, pages.shape[-1])
+            return rows.at[row].set(new, mode="drop", unique_indices=True).reshape(pages.shape)
 
-        return dataclasses.replace(
-            self,
-            key=write(self.key, page, key),
-            value=write(self.value, page, value),
-            table=table,
-        )
+        return self.with_rows(write(self.key, row, key), write(self.value, row, value), table)
+
+    def places(
+        self, new: int, lengths: Int[Array, " batch"], kv_heads: Int[Array, " kv_heads"]
+    ) -> tuple[Int[Array, "batch kv_heads new"], PageTable]:
+        """Which row of all its pages each head takes up to `new` tokens in, and the table then.
+
+        The first `lengths` have a place; each other one has a row of its own past the end.
+        """
+        table = self._advanced(new, lengths, kv_heads)
+        step = jnp.arange(new, dtype=jnp.int32)[None]
+        position = self.length[:, None] + step
+        size, pages = self.pattern.block_size, self.key.shape[1]
+        page = self._page_of(table, position // size, kv_heads)
+        fits = (step < lengths[:, None]) & (position < self.max_length)
+        nowhere = pages * size + jnp.arange(position.size, dtype=jnp.int32)
+        row = page * size + (position % size)[:, None]
+        nowhere = nowhere.reshape(position.shape)[:, None]
+        return jnp.where(fits[:, None] & (page >= 0), row, nowhere), table
+
+    def with_rows(self, key: Array, value: Array, table: PageTable) -> Self:
+        return dataclasses.replace(self, key=key, value=value, table=table)
 
     def lists(self, queries: Queries) -> DecodeLists:
         """What queries see of it: every slot in use, the lowest first."""

@@ -247,15 +247,13 @@ class S2Attention(nnx.Module):
         if x.ndim != 3:
             raise ValueError(f"x must be [batch, new, {self.in_features}], got shape {x.shape}")
         check_cache_of(cache, self.pattern, self.num_heads, self.num_kv_heads)
-        query, key, value = self.project(x, 0 if first else cache.length)
         attended, cache = cached_attention(
-            query,
-            key,
-            value,
+            *self._project(x),
             cache,
             lengths=lengths,
             first=first,
             head_axis=self.head_axis,
+            rope_base=self.rope_base,
             implementation=self.implementation,
         )
         return self._project_out(attended), cache
@@ -305,6 +303,10 @@ class S2Attention(nnx.Module):
             **options,
         )
         return self._project_out(attended)
+
+    def _project(self, x: Float[Array, "*batch length in_features"]) -> tuple[Array, Array, Array]:
+        """Queries, keys and values before rotation."""
+        return self.query(x), self.key(x), self.value(x)
 
     def _project_out(
         self, attended: Float[Array, "*batch length heads head_dim"]

@@ -62,17 +62,23 @@ def rotate(
 
     Source: RoFormer (arXiv 2104.09864), section 3.4.2; pairs as in Llama's `rotate_half`.
     """
-    head_dim = x.shape[-1]
-    check_rope(head_dim, base)
-    frequency = np.float32(base ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim))
-    angle = jnp.float32(positions)[..., None] * frequency.reshape((1,) * positions.ndim + (-1,))
-    angle = angle[..., None, :]
-    angle = angle.reshape((1,) * (x.ndim - angle.ndim) + angle.shape)
+    cos, sin = cos_and_sin(positions, x.shape[-1], base)
     dtype = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
-    cos, sin = jnp.cos(angle).astype(dtype), jnp.sin(angle).astype(dtype)
+    shape = (1,) * (x.ndim - cos.ndim - 1) + (*cos.shape[:-1], 1, cos.shape[-1])
+    cos, sin = (y.astype(dtype).reshape(shape) for y in (cos, sin))
     first, second = jnp.split(x.astype(dtype), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x.dtype)
+
+
+def cos_and_sin(
+    positions: Int[Array, "*batch length"], head_dim: int, base: float
+) -> tuple[Float[Array, "*batch length half_dim"], Float[Array, "*batch length half_dim"]]:
+    """float32, of the angles by which `rotate` turns the pairs of a head."""
+    check_rope(head_dim, base)
+    frequency = np.float32(base ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim))
+    angle = jnp.float32(positions)[..., None] * frequency.reshape((1,) * positions.ndim + (-1,))
+    return jnp.cos(angle), jnp.sin(angle)
 
 
 def rotate_from(
