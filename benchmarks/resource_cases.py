@@ -16,7 +16,7 @@ import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import s2_jax
-from pallas_kernels import combine
+from pallas_kernels import add_norm, append, combine
 from pallas_kernels.call import padded_dim
 from pallas_kernels.decode import pick_tile
 from pallas_kernels.tiles import Tile, TileConfig, pick_tiles
@@ -157,7 +157,11 @@ STEPS = {
 
 @dataclasses.dataclass(frozen=True)
 class DecodeCase:
-    """A kind of decoding, for one GPU generation: the kernel, and the one that joins its parts."""
+    """A kind of decoding, for one GPU generation.
+
+    The kernel, the one that joins its parts and, where there is one new token, the one that takes
+    it in.
+    """
 
     variant: str
     dtype: str
@@ -165,12 +169,15 @@ class DecodeCase:
     block_size: int
     capability: int
 
-    names = ("decode", "combine")
     _group = 4
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*["append"] * (STEPS[self.variant].new == 1), "decode", "combine")
+
     def tile(self, kernel: str) -> Tile:
-        if kernel == "combine":
-            return combine.TILE
+        if kernel != "decode":
+            return {"append": append.TILE, "combine": combine.TILE}[kernel]
         rows = 16 if STEPS[self.variant].new * self._group <= 16 else 32
         itemsize, dims = jnp.dtype(self.dtype).itemsize, 2 * padded_dim(self.head_dim)
         cut = pick_tile(itemsize, dims, self.capability)
@@ -193,11 +200,54 @@ class DecodeCase:
             for count in (heads, _KV_HEADS, _KV_HEADS)
         ]
         decode = functools.partial(
-            s2_jax.cached_attention, implementation="triton", logits_soft_cap=step.soft_cap
+            s2_jax.cached_attention,
+            implementation="triton",
+            logits_soft_cap=step.soft_cap,
+            rope_base=1e4,
         )
         lowered = _lower(decode, *arrays, cache, capability=self.capability)
         return dict(zip(self.names, kernels_of(lowered), strict=True))
 
+
+@dataclasses.dataclass(frozen=True)
+class NormCase:
+    """What stands between two layers of a step, for one GPU generation."""
+
+    dtype: str
+    width: int
+    parts: int
+    capability: int
+
+    names = ("add_norm",)
+    variant = "add and norm"
+
+    @property
+    def head_dim(self) -> int:
+        return self.width
+
+    @property
+    def block_size(self) -> int:
+        return self.parts
+
+    def tile(self, kernel: str) -> Tile:
+        return add_norm.TILE
+
+    def wants_wgmma(self, kernel: str) -> bool:
+        return False
+
+    @functools.cached_property
+    def kernels(self) -> dict[str, KernelIR]:
+        added = (4, self.width, self.parts), self.dtype if self.parts == 1 else "float32"
+        arrays = [
+            jax.ShapeDtypeStruct(*array)
+            for array in (((4, self.width), self.dtype), added, ((self.width,), "float32"))
+        ]
+        call = functools.partial(add_norm.add_norm, epsilon=1e-6, launcher="pallas")
+        lowered = _lower(call, *arrays, capability=self.capability)
+        return dict(zip(self.names, kernels_of(lowered), strict=True))
+
+
+AnyCase = Case | DecodeCase | NormCase
 
 # Of every block size, head dim and dtype one, and each kind of step.
 _DECODED = (
@@ -213,10 +263,15 @@ _DECODED = (
 )
 
 
-def cases(compute_capability: int) -> Iterator[Case | DecodeCase]:
+_NORMED = (("bfloat16", 4096, 1), ("bfloat16", 8192, 2), ("float32", 5120, 1), ("float16", 768, 1))
+
+
+def cases(compute_capability: int) -> Iterator[AnyCase]:
     """Every tile that the heuristic picks, each variant at its commonest ones, and decoding."""
     for what in _DECODED:
         yield DecodeCase(*what, capability=compute_capability)
+    for norm in _NORMED:
+        yield NormCase(*norm, capability=compute_capability)
     seen = set()
     everything = itertools.product(
         ("bfloat16", "float32", "float16"), HEAD_DIMS, BLOCK_SIZES, (_SHORT, _LONG), VARIANTS

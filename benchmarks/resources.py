@@ -17,7 +17,7 @@ from collections.abc import Iterator
 
 import tyro
 
-from benchmarks.resource_cases import Case, DecodeCase, cases
+from benchmarks.resource_cases import AnyCase, cases
 from pallas_kernels.official import Resources, measure
 from pallas_kernels.tiles import Tile
 
@@ -50,7 +50,7 @@ class Options:
     capabilities: tuple[int, ...] = tuple(SHARED_LIMITS)
 
 
-def faults(case: Case | DecodeCase, kernel: str, capability: int, needs: Resources) -> list[str]:
+def faults(case: AnyCase, kernel: str, capability: int, needs: Resources) -> list[str]:
     """What is wrong with a kernel, in words; nothing where it fits."""
     found = []
     measured = (capability, kernel, case.tile(kernel)) in MEASURED_FASTER
@@ -64,7 +64,7 @@ def faults(case: Case | DecodeCase, kernel: str, capability: int, needs: Resourc
     return found
 
 
-def rows(capability: int) -> Iterator[tuple[Case | DecodeCase, str, Resources]]:
+def rows(capability: int) -> Iterator[tuple[AnyCase, str, Resources]]:
     """Each distinct kernel once: several cases share one."""
     seen = set()
     for case in cases(capability):
@@ -75,7 +75,7 @@ def rows(capability: int) -> Iterator[tuple[Case | DecodeCase, str, Resources]]:
                 yield case, kernel, measure(ir, capability)
 
 
-def format_row(case: Case | DecodeCase, kernel: str, capability: int, needs: Resources) -> str:
+def format_row(case: AnyCase, kernel: str, capability: int, needs: Resources) -> str:
     tile = "{}x{} {}w {}s".format(*dataclasses.astuple(case.tile(kernel))[:4])
     verdict = "; ".join(faults(case, kernel, capability, needs)) or "fits"
     return (

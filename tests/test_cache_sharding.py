@@ -59,7 +59,7 @@ def spread(cache, mesh):
 @pytest.mark.parametrize("kind", [EvictingCache, ContiguousCache])
 @pytest.mark.parametrize(
     ("new", "implementation"),
-    [(1, "reference"), (3, "interpret"), (20, "reference")],
+    [(1, "reference"), (1, "interpret"), (3, "interpret"), (20, "reference")],
 )
 def test_a_step_over_a_mesh_adds_no_collective(kind, new, implementation):
     mesh = jax.make_mesh((2, 4), ("data", "heads"), axis_types=(AxisType.Auto,) * 2)

@@ -129,9 +129,10 @@ def cache_of(kind, **changes):
     return make_cache(kind, CALL, **({"max_length": ROOM} | changes))
 
 
-def test_token_by_token(kind, implementation):
-    call = dataclasses.replace(CALL, dtype="bfloat16", value_dim=24)
-    cache = cache_of(kind, dtype="bfloat16", value_dim=24)
+@pytest.mark.parametrize("value_dim", [16, 24])  # one kernel takes in those of one size
+def test_token_by_token(kind, implementation, value_dim):
+    call = dataclasses.replace(CALL, dtype="bfloat16", value_dim=value_dim)
+    cache = cache_of(kind, dtype="bfloat16", value_dim=value_dim)
     out, cache = feed(call, cache, [1] * 53, implementation)
     assert_one_forward(out, call, cache.length)
 

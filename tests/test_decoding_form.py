@@ -21,7 +21,9 @@ from models import (
     for_decoding,
     load_pretrained,
 )
+from models.decoding import DecodingNorm, Stream
 from models.products import RowLinear, row_product
+from models.transformer import RMSNorm
 from s2_jax.nnx import S2Attention
 from tests.test_pretrained import DATA
 
@@ -103,6 +105,36 @@ def test_one_row_is_summed_in_float32_and_rounded_once(dtype):
     assert (np.abs(found - exact) <= rounding + summing).all()
 
 
+@pytest.mark.parametrize(("inputs", "parts"), [(8, 1), (20, 2), (25, 5), (11, 1), (99, 1)])
+def test_long_sums_are_taken_in_parts(inputs, parts, monkeypatch):
+    """Where a number of parts up to 8 divides them."""
+    monkeypatch.setattr("models.products._LONGEST_SUM", 10)
+    layer, x = RowLinear(draw(7, inputs), None), draw(1, 1, inputs)
+    assert layer.sums(x).shape == (1, 1, 7, parts)
+    np.testing.assert_allclose(layer.sums(x).sum(axis=-1), layer(x), rtol=1e-5, atol=1e-5)
+    assert layer.sums(jnp.ones((2, 1, inputs))).shape == (2, 1, 7, 1)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 5), (3, 64), (2, 100)])
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_norm_adds_what_a_layer_left(rows, width, parts, dtype, kernels):
+    norm = RMSNorm(width, epsilon=0.1)
+    norm.scale[...] = draw(width)
+    x = draw(rows, 1, width, dtype=dtype)
+    added = draw(rows, 1, width, parts, dtype="float32" if parts > 1 else dtype)
+    found = DecodingNorm(norm, kernels).joined(Stream(x, added))
+    expected = DecodingNorm(norm, "reference").joined(Stream(x, added))
+    np.testing.assert_array_equal(*map(np.float32, (expected[0], x + added.sum(-1).astype(dtype))))
+    np.testing.assert_array_equal(*map(np.float32, (expected[1], norm(expected[0]))))
+    epsilon = float(jnp.finfo(dtype).eps)
+    for mine, theirs in zip(found, expected, strict=True):
+        assert (mine.shape, mine.dtype) == (theirs.shape, theirs.dtype)
+        np.testing.assert_allclose(
+            *map(np.float32, (mine, theirs)), rtol=4 * epsilon, atol=4 * epsilon
+        )
+
+
 def test_one_row_is_a_reduction_and_more_are_a_matrix_product():
     model = for_decoding(make())
     one, two, many = (jnp.ones((*shape, CONFIG.width)) for shape in ((1, 1), (2, 1), (1, 3)))
@@ -132,6 +164,22 @@ def test_decoding_is_that_of_the_model(kind, batch):
     expected = nnx.jit(model)(ids)
     assert_same(nnx.jit(decoding)(ids), expected)
     assert_same(in_chunks(CONFIG, decoding, ids, kind), expected)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_step_by_kernels_is_that_of_the_model(batch, kernels, monkeypatch):
+    """Every sum but the first in parts, so that what a layer adds comes in parts too."""
+    monkeypatch.setattr("models.products._LONGEST_SUM", 10)
+    config = dataclasses.replace(CONFIG, mlp_width=30)
+    model, ids = make(config), tokens(batch, 33)
+    decoding = for_decoding(make(dataclasses.replace(config, implementation=kernels)))
+    cache = ModelCache.create(config, batch=batch, max_length=LONGEST)
+    _, cache = for_decoding(model).extend(ids[:, :31], cache, first=True)
+    found = []
+    for position in (31, 32):
+        x, cache = decoding.extend(ids[:, position, None], cache)
+        found.append(decoding.logits(x))
+    assert_same(jnp.concatenate(found, axis=1), nnx.jit(model)(ids)[:, 31:])
 
 
 @pytest.mark.parametrize(("param_dtype", "batch"), [("float32", 1), ("bfloat16", 2)])
