@@ -237,7 +237,7 @@ class NormCase:
 
     @functools.cached_property
     def kernels(self) -> dict[str, KernelIR]:
-        added = (4, self.width, self.parts), self.dtype if self.parts == 1 else "float32"
+        added = (self.parts, 4, self.width), self.dtype if self.parts == 1 else "float32"
         arrays = [
             jax.ShapeDtypeStruct(*array)
             for array in (((4, self.width), self.dtype), added, ((self.width,), "float32"))

@@ -58,7 +58,7 @@ class Stream(NamedTuple):
     """The residual stream, and what the last layer adds to it, as a sum over parts."""
 
     x: Float[Array, "b l d"]
-    added: Float[Array, "b l d parts"]
+    added: Float[Array, "parts b l d"]
 
 
 class DecodingNorm(RMSNorm):
@@ -86,13 +86,13 @@ class DecodingNorm(RMSNorm):
         rows = x.size // x.shape[-1]
         if rows > _MOST_ROWS or x.dtype not in KERNEL_DTYPES:
             return self._joined(x, added, self.scale[...])
-        arrays = x.reshape(rows, -1), added.reshape(rows, *added.shape[-2:]), self.scale[...]
+        arrays = x.reshape(rows, -1), added.reshape(-1, rows, x.shape[-1]), self.scale[...]
         kernel = functools.partial(add_norm_over_mesh, epsilon=self.epsilon)
         found = run(self.implementation, kernel, self._joined, *arrays)
         return found[0].reshape(x.shape), found[1].reshape(x.shape)
 
     def _joined(self, x: Array, added: Array, scale: Array) -> tuple[Array, Array]:
-        x = x + added.sum(axis=-1).astype(x.dtype)
+        x = x + added.sum(axis=0).astype(x.dtype)
         return x, normed(x, scale, self.epsilon)
 
 
@@ -120,7 +120,7 @@ class DecodingBlock(Block):
         """The same for a `Stream`, which it returns."""
         x, y = self.attention_norm.joined(x)
         attended, cache = self.attention.extend(y, cache, lengths=lengths, first=first)
-        x, y = self.mlp_norm.joined(Stream(x, attended[..., None]))
+        x, y = self.mlp_norm.joined(Stream(x, attended[None]))
         return Stream(x, self.mlp.sums(y)), cache
 
 
@@ -198,7 +198,7 @@ class DecodingSwiGLU(SwiGLU):
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
         return self.down(self._inner(x))
 
-    def sums(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d parts"]:
+    def sums(self, x: Float[Array, "b l d"]) -> Float[Array, "parts b l d"]:
         """The same as `RowLinear.sums`."""
         return self.down.sums(self._inner(x))
 

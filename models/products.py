@@ -29,7 +29,7 @@ def row_product(
     if kernel.ndim != 2 or kernel.shape[1] != inputs:
         raise ValueError(f"kernel must be [outputs, {inputs}], got shape {kernel.shape}")
     if x.size == inputs:
-        sums = row_sums(x, kernel, dtype).sum(axis=-1)
+        sums = row_sums(x, kernel, dtype).sum(axis=0)
         return sums.astype(dtype).reshape(*x.shape[:-1], -1)
     x, kernel = x.astype(dtype), kernel.astype(dtype)
     return jax.lax.dot_general(x, kernel, (((x.ndim - 1,), (1,)), ((), ())))
@@ -37,7 +37,7 @@ def row_product(
 
 def row_sums(
     x: Float[Array, "*ones inputs"], kernel: Float[Array, "outputs inputs"], dtype: Any
-) -> Float[Array, "outputs parts"]:
+) -> Float[Array, "parts outputs"]:
     """One row's product, in float32, whose sum over the parts is still to be taken.
 
     XLA reads a matrix faster in a reduction than in a product, but for rows so long that they take
@@ -48,7 +48,7 @@ def row_sums(
     parts = next(fits, 1)
     x = x.astype(dtype).astype(jnp.float32).reshape(1, parts, -1)
     terms = x * kernel.astype(dtype).astype(jnp.float32).reshape(outputs, parts, -1)
-    return jnp.sum(terms, axis=2)
+    return jnp.sum(terms, axis=2).T
 
 
 class RowLinear(nnx.Module):
@@ -65,12 +65,12 @@ class RowLinear(nnx.Module):
     def __call__(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs"]:
         return row_product(x, self.kernel[...], self._dtype(x))
 
-    def sums(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "*rows outputs parts"]:
+    def sums(self, x: Float[Array, "*rows inputs"]) -> Float[Array, "parts *rows outputs"]:
         """The same before the last sums are taken, where there are any: see `row_sums`."""
         if x.size != x.shape[-1]:
-            return self(x)[..., None]
+            return self(x)[None]
         sums = row_sums(x, self.kernel[...], self._dtype(x))
-        return sums.reshape(*x.shape[:-1], *sums.shape)
+        return sums.reshape(-1, *x.shape[:-1], sums.shape[-1])
 
     def _dtype(self, x: Array) -> Any:
         return self.dtype or jnp.promote_types(x.dtype, self.kernel[...].dtype)

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from pallas_kernels.lowering import Launcher, call_kernel
 from pallas_kernels.partition import may_be_split
@@ -28,15 +27,12 @@ def s2_add_norm_kernel(
     x_ref: Any, added_ref: Any, scale_ref: Any, sum_ref: Any, normed_ref: Any, *, epsilon: float
 ) -> None:
     """One row."""
-    width, parts = added_ref.shape
+    parts, width = added_ref.shape
     column = lax.iota(jnp.int32, pl.next_power_of_2(width))
     exists = None if column.size == width else column < width
 
     def part(number: int) -> jax.Array:
-        index = (column, jnp.full(column.shape, number, jnp.int32))
-        if exists is None:
-            return added_ref[index]
-        return plgpu.load(added_ref.at[index], mask=exists, other=0.0)
+        return load_scalars(added_ref, column, exists, 0.0, number)
 
     added = sum(map(part, range(1, parts)), start=part(0)).astype(x_ref.dtype)
     x = load_scalars(x_ref, column, exists, 0.0) + added
@@ -55,7 +51,7 @@ def add_norm(
 
     Args:
       x: `[rows, width]`.
-      added: `[rows, width, parts]`, whose sum over the parts is rounded to the dtype of `x` first:
+      added: `[parts, rows, width]`, whose sum over the parts is rounded to the dtype of `x` first:
         float32, or that dtype with one part.
       scale: float32 `[width]`.
       epsilon: is added to the mean of the squares.
@@ -73,7 +69,7 @@ def add_norm(
         grid=(rows,),
         in_specs=[
             row,
-            pl.BlockSpec((None, *added.shape[1:]), lambda r: (r, 0, 0)),
+            pl.BlockSpec((added.shape[0], None, width), lambda r: (0, r, 0)),
             pl.BlockSpec((width,), lambda r: (0,)),
         ],
         out_specs=[row, row],
@@ -100,7 +96,7 @@ def _splittable(epsilon: float, launcher: Launcher) -> Any:
 
     return splittable(
         run,
-        ("rows width", "rows width parts", "width"),
+        ("rows width", "parts rows width", "width"),
         ("rows width", "rows width"),
         whole=("width", "parts"),
     )

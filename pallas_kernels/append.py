@@ -28,7 +28,7 @@ TILE = Tile(16, 16, num_warps=1, num_stages=1)  # its sides mean nothing here
 class Token(NamedTuple):
     """One new token of each sequence.
 
-    query: `[batch, heads, head_dim]`. key, value: `[batch, kv_heads, head_dim]`.
+    query: `[batch, 1, heads, head_dim]`. key, value: `[batch, 1, kv_heads, head_dim]`.
     cos, sin: float32 `[batch, head_dim / 2]`, of the angles by which queries and keys are turned,
     their pairs (i, i + head_dim / 2); or None, and nothing is.
     """
@@ -100,11 +100,11 @@ def append(
       paged: which of these.
       launcher: as of `call_kernel`.
     """
-    batch, kv_heads, dim = token.key.shape
+    batch, _, kv_heads, dim = token.key.shape
     turns = token.cos is not None
-    heads = token.query.shape[1] if turns else 0
-    # Joined again if they were parts of one product: then this copies nothing.
-    new = jnp.concatenate([token.query, token.key, token.value][0 if turns else 1 :], axis=1)
+    heads = token.query.shape[2] if turns else 0
+    # If they were split from one product, XLA takes that, and nothing is copied.
+    new = jnp.concatenate([token.query, token.key, token.value][0 if turns else 1 :], axis=2)
     shape = key.shape
     if paged:
         key, value = (x.reshape(kv_heads, -1, dim) for x in (key, value))
@@ -127,7 +127,7 @@ def append(
     angles: list[Any] = [token.cos, token.sin] if turns else []
     stores = [storage(heads), storage(heads + kv_heads)]
     query_spec = pl.BlockSpec(
-        (None, None, 1, dim), lambda p, b: (b, jnp.minimum(p, np.int32(heads - 1)), 0, 0)
+        (None, 1, None, dim), lambda p, b: (b, 0, jnp.minimum(p, np.int32(heads - 1)), 0)
     )
     *query, key, value = call_kernel(
         functools.partial(
@@ -137,14 +137,14 @@ def append(
         name="s2_attention_append",
         grid=(heads + 2 * kv_heads, batch),
         in_specs=[
-            pl.BlockSpec((None, None, dim), lambda p, b: (b, p, 0)),
+            pl.BlockSpec((None, None, None, dim), lambda p, b: (b, 0, p, 0)),
             pl.BlockSpec((None, None), row_of_program),
             *[pl.BlockSpec((None, dim // 2), lambda p, b: (b, 0))] * len(angles),
             *stores,
         ],
         out_specs=[*[query_spec] * turns, *stores],
         out_shape=[
-            *[jax.ShapeDtypeStruct((batch, heads, 1, dim), token.query.dtype)] * turns,
+            *[jax.ShapeDtypeStruct(token.query.shape, token.query.dtype)] * turns,
             jax.ShapeDtypeStruct(key.shape, key.dtype),
             jax.ShapeDtypeStruct(value.shape, value.dtype),
         ],
@@ -152,8 +152,7 @@ def append(
         launcher=launcher,
         aliases={2 + len(angles): int(turns), 3 + len(angles): 1 + turns},
     )  # fmt: skip
-    turned = query[0][:, :, 0] if turns else token.query
-    return turned, key.reshape(shape), value.reshape(shape)
+    return query[0] if turns else token.query, key.reshape(shape), value.reshape(shape)
 
 
 _STORAGE = {True: "kv_heads pages block dim", False: "batch length kv_heads dim"}
@@ -171,7 +170,7 @@ def append_over_mesh(
     """`append`, which XLA may split as tokens and storage are split."""
     if not may_be_split():
         return append(token, row, key, value, paged=paged, launcher=launcher)
-    group = token.query.shape[1] // token.key.shape[1]
+    group = token.query.shape[2] // token.key.shape[2]
     split = _splittable(paged, launcher, group, token.cos is not None)
     return split(*(x for x in token if x is not None), row, key, value)
 
@@ -183,13 +182,13 @@ def _splittable(paged: bool, launcher: Launcher, group: int, turns: bool) -> Any
         token = Token(new[0], new[1], new[2], *(new[3:] if turns else (None, None)))
         return append(token, row, key, value, paged=paged, launcher=launcher)
 
-    query, storage = "batch heads dim", _STORAGE[paged]
-    new = [query, *["batch kv_heads dim"] * 2, *["batch half"] * 2 * turns, "batch kv_heads"]
+    query, storage = "batch one heads dim", _STORAGE[paged]
+    new = [query, *["batch one kv_heads dim"] * 2, *["batch half"] * 2 * turns, "batch kv_heads"]
     return splittable(
         run,
         (*new, storage, storage),
         (query, storage, storage),
         # Pages are shared by the sequences: each device has to write those of all.
-        whole=("dim", "half", "pages", "block", "length", *["batch"] * paged),
+        whole=("one", "dim", "half", "pages", "block", "length", *["batch"] * paged),
         members={"heads": ("kv_heads", group)},
     )

@@ -32,7 +32,7 @@ def s2_combine_kernel(out_ref: Any, lse_ref: Any, o_ref: Any, whole_ref: Any) ->
     def higher(i: Any, peak: jax.Array) -> jax.Array:
         return jnp.maximum(peak, jnp.max(lses(i)[2], axis=0))
 
-    peak = lax.fori_loop(0, turns, higher, jnp.float32(-jnp.inf))
+    peak = _loop(turns, higher, jnp.float32(-jnp.inf))
     peak = jnp.where(peak == -jnp.inf, 0.0, peak)
 
     def add(i: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -42,13 +42,18 @@ def s2_combine_kernel(out_ref: Any, lse_ref: Any, o_ref: Any, whole_ref: Any) ->
         return carry[0] + jnp.sum(weight[:, None] * out, axis=0), carry[1] + jnp.sum(weight, axis=0)
 
     start = jnp.zeros((dim,), jnp.float32), jnp.float32(0)
-    out, total = lax.fori_loop(0, turns, add, start)
+    out, total = _loop(turns, add, start)
     seen = total != 0  # a NaN was seen too
     total = jnp.where(seen, total, 1.0)
     column = lax.iota(jnp.int32, dim)
     exists = None if dim == o_ref.shape[0] else column < o_ref.shape[0]
     store_scalars(o_ref, column, (out / total).astype(o_ref.dtype), exists)
     whole_ref[...] = jnp.where(seen, peak + jnp.log(total), -jnp.inf)[None]
+
+
+def _loop(turns: int, body: Any, carry: Any) -> Any:
+    """One turn without a loop, which would keep the loads of the second one waiting."""
+    return body(0, carry) if turns == 1 else lax.fori_loop(0, turns, body, carry)
 
 
 def combine(

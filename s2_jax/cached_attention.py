@@ -206,19 +206,19 @@ def _join(
     angles: tuple[Any, Any] = (None, None)
     if rope_base is not None:
         angles = cos_and_sin(before.length, call.query.shape[-1], rope_base)
-    token = Token(call.query[:, 0], call.key[:, 0], call.value[:, 0], *angles)
+    token = Token(call.query, call.key, call.value, *angles)
     kernel = functools.partial(append_over_mesh, paged=before.paged)
 
     def reference(_: Any, __: Any, key: Array, value: Array) -> tuple[Array, Array, Array]:
         turned = _turned(call, before.length, rope_base)
         held = dataclasses.replace(before, key=key, value=value)
         after = held.append(turned.key, turned.value, lengths, kv_heads)
-        return turned.query[:, 0], after.key, after.value
+        return turned.query, after.key, after.value
 
     found = run(implementation, kernel, reference, token, row[..., 0], before.key, before.value)
     query, key, value = found
     grown = cast(Cache, before.with_rows(key, value, cast(Any, table)))
-    return dataclasses.replace(call, query=query[:, None]), grown
+    return dataclasses.replace(call, query=query), grown
 
 
 def _decode(

@@ -110,9 +110,9 @@ def test_long_sums_are_taken_in_parts(inputs, parts, monkeypatch):
     """Where a number of parts up to 8 divides them."""
     monkeypatch.setattr("models.products._LONGEST_SUM", 10)
     layer, x = RowLinear(draw(7, inputs), None), draw(1, 1, inputs)
-    assert layer.sums(x).shape == (1, 1, 7, parts)
-    np.testing.assert_allclose(layer.sums(x).sum(axis=-1), layer(x), rtol=1e-5, atol=1e-5)
-    assert layer.sums(jnp.ones((2, 1, inputs))).shape == (2, 1, 7, 1)
+    assert layer.sums(x).shape == (parts, 1, 1, 7)
+    np.testing.assert_allclose(layer.sums(x).sum(axis=0), layer(x), rtol=1e-5, atol=1e-5)
+    assert layer.sums(jnp.ones((2, 1, inputs))).shape == (1, 2, 1, 7)
 
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 5), (3, 64), (2, 100)])
@@ -122,10 +122,10 @@ def test_a_norm_adds_what_a_layer_left(rows, width, parts, dtype, kernels):
     norm = RMSNorm(width, epsilon=0.1)
     norm.scale[...] = draw(width)
     x = draw(rows, 1, width, dtype=dtype)
-    added = draw(rows, 1, width, parts, dtype="float32" if parts > 1 else dtype)
+    added = draw(parts, rows, 1, width, dtype="float32" if parts > 1 else dtype)
     found = DecodingNorm(norm, kernels).joined(Stream(x, added))
     expected = DecodingNorm(norm, "reference").joined(Stream(x, added))
-    np.testing.assert_array_equal(*map(np.float32, (expected[0], x + added.sum(-1).astype(dtype))))
+    np.testing.assert_array_equal(*map(np.float32, (expected[0], x + added.sum(0).astype(dtype))))
     np.testing.assert_array_equal(*map(np.float32, (expected[1], norm(expected[0]))))
     epsilon = float(jnp.finfo(dtype).eps)
     for mine, theirs in zip(found, expected, strict=True):
@@ -170,7 +170,7 @@ def test_decoding_is_that_of_the_model(kind, batch):
 def test_a_step_by_kernels_is_that_of_the_model(batch, kernels, monkeypatch):
     """Every sum but the first in parts, so that what a layer adds comes in parts too."""
     monkeypatch.setattr("models.products._LONGEST_SUM", 10)
-    config = dataclasses.replace(CONFIG, mlp_width=30)
+    config = dataclasses.replace(CONFIG, mlp_width=27)  # odd: cuBLAS takes no TF32 then
     model, ids = make(config), tokens(batch, 33)
     decoding = for_decoding(make(dataclasses.replace(config, implementation=kernels)))
     cache = ModelCache.create(config, batch=batch, max_length=LONGEST)
