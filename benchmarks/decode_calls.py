@@ -15,8 +15,9 @@ from benchmarks.programs import Lower, Program
 from benchmarks.random_arrays import draw
 from pallas_kernels.decode import DecodeSettings, DecodeTile, decode
 from s2_jax import ContiguousCache, EvictingCache, Pattern, cached_attention
-from s2_jax.attention import LAUNCHERS
 from s2_jax.decode_reference import reference_decode
+from s2_jax.implementations import LAUNCHERS
+from s2_jax.joining import New, join
 
 Kind = Literal["evicting", "contiguous"]
 _CLASSES: dict[Kind, Any] = {"evicting": EvictingCache, "contiguous": ContiguousCache}
@@ -134,14 +135,14 @@ class Step:
 
         return self._job(attend, (self.before, self.new), "used up")
 
-    def append(self) -> Job:
+    def append(self, implementation: str) -> Job:
         """The new token's way into the cache."""
 
         def append(key: jax.Array, value: jax.Array, table: Any, new: Any) -> Any:
             cache = self._cache(key, value, table)
             lengths = jnp.ones_like(cache.length)
             heads = jnp.arange(cache.num_kv_heads, dtype=jnp.int32)
-            grown = cache.append(*new[1:], lengths, heads)
+            _, grown = join(New(*new), cache, lengths, heads, None, implementation)
             return grown.key, grown.value, grown.table
 
         return self._job(append, (self.before, self.new), "used up")

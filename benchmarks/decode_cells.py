@@ -36,7 +36,7 @@ class Cell:
         first, jobs = launchers[0], dict[tuple[str, str], Job]()
         for name, step in self._steps.items():
             jobs |= {(name, way): step.attend(way) for way in launchers}
-            jobs |= {(name, "append"): step.append(), (name, "lists"): step.list_building()}
+            jobs |= {(name, "append"): step.append(first), (name, "lists"): step.list_building()}
             jobs[name, "decode"] = step.decode(first)
             if name in cudnn_for:
                 jobs[name, CUDNN] = step.cudnn()
@@ -54,7 +54,8 @@ class Cell:
         """The kernel with other tiles than the heuristic's: first how the work is cut, then how
         the fastest of these is compiled."""
         for name, step in self._steps.items():
-            usual = pick_tile(2, 2 * max(16, self._shape.head_dim))
+            lists = self._shape.batch * self._shape.kv_heads
+            usual = pick_tile(2, 2 * max(16, self._shape.head_dim), lists)
             tiles = [usual]
             tiles += [
                 dataclasses.replace(usual, programs=programs, keys=keys)

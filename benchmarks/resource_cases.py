@@ -142,6 +142,7 @@ class Step:
     """Kinds of decoding: new tokens a sequence, from which cache, by which pattern."""
 
     new: int = 1
+    batch: int = 2
     kind: type[s2_jax.ContiguousCache] | type[s2_jax.EvictingCache] = s2_jax.EvictingCache
     pattern: Callable[[int, bool], s2_jax.Pattern] = _few_runs
     soft_cap: float | None = None
@@ -149,6 +150,7 @@ class Step:
 
 STEPS = {
     "decode pages": Step(),
+    "decode many": Step(batch=64),
     "decode rows": Step(kind=s2_jax.ContiguousCache),
     "decode 8 tokens": Step(new=8),  # 32 rows a program, not 16
     "decode window": Step(pattern=_window, soft_cap=30.0),
@@ -180,7 +182,8 @@ class DecodeCase:
             return {"append": append.TILE, "combine": combine.TILE}[kernel]
         rows = 16 if STEPS[self.variant].new * self._group <= 16 else 32
         itemsize, dims = jnp.dtype(self.dtype).itemsize, 2 * padded_dim(self.head_dim)
-        cut = pick_tile(itemsize, dims, self.capability)
+        lists = STEPS[self.variant].batch * _KV_HEADS
+        cut = pick_tile(itemsize, dims, lists, self.capability)
         return Tile(rows, cut.keys, cut.num_warps, cut.num_stages)
 
     def wants_wgmma(self, kernel: str) -> bool:
@@ -191,12 +194,12 @@ class DecodeCase:
         step, heads = STEPS[self.variant], _KV_HEADS * self._group
         cache = jax.eval_shape(
             lambda: step.kind.create(
-                step.pattern(self.block_size, True), batch=2, max_length=4000, num_heads=heads,
-                num_kv_heads=_KV_HEADS, head_dim=self.head_dim, dtype=self.dtype,
+                step.pattern(self.block_size, True), batch=step.batch, max_length=4000,
+                num_heads=heads, num_kv_heads=_KV_HEADS, head_dim=self.head_dim, dtype=self.dtype,
             )
         )  # fmt: skip
         arrays = [
-            jax.ShapeDtypeStruct((2, step.new, count, self.head_dim), self.dtype)
+            jax.ShapeDtypeStruct((step.batch, step.new, count, self.head_dim), self.dtype)
             for count in (heads, _KV_HEADS, _KV_HEADS)
         ]
         decode = functools.partial(
@@ -253,6 +256,7 @@ AnyCase = Case | DecodeCase | NormCase
 _DECODED = (
     *(("decode pages", "bfloat16", 128, block_size) for block_size in BLOCK_SIZES),
     *(("decode pages", "bfloat16", head_dim, 64) for head_dim in (64, 80, 256)),
+    *(("decode many", "bfloat16", head_dim, 64) for head_dim in (64, 128, 256)),
     ("decode pages", "float16", 128, 64),
     ("decode pages", "float32", 128, 64),
     ("decode 8 tokens", "float32", 256, 16),

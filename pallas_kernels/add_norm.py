@@ -20,7 +20,7 @@ from pallas_kernels.rows import load_scalars, store_scalars
 from pallas_kernels.split import splittable
 from pallas_kernels.tiles import Tile
 
-TILE = Tile(16, 16, num_warps=16, num_stages=1)  # its sides mean nothing here
+TILE = Tile(16, 16, num_warps=32, num_stages=1)  # its sides mean nothing here
 
 
 def s2_add_norm_kernel(

@@ -29,7 +29,7 @@ from pallas_kernels.softmax import add_dot, dot
 from pallas_kernels.tiles import Tile
 from pallas_kernels.walk import ListMeta, Turn, Walk
 
-_LONGEST = 1.7
+_LONGEST = 1.3
 _INPUTS = ("query", "key", "value", "grad_out", "lse", "delta")
 
 

@@ -29,6 +29,7 @@ from pallas_kernels.tiles import Tile
 MAX_ROWS = 32  # one bit a row
 NO_ROOM = -2  # the position of a query that gets NaN
 _LEAST_ROWS = 16
+_FEW_LISTS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +172,7 @@ def decode(
     assert num_rows <= MAX_ROWS
     rows = _LEAST_ROWS if num_rows <= _LEAST_ROWS else MAX_ROWS
     dims = padded_dim(head_dim) + padded_dim(value_dim)
-    tile = settings.tile or pick_tile(key.dtype.itemsize, dims)
+    tile = settings.tile or pick_tile(key.dtype.itemsize, dims, batch * programs)
     splits = max(1, min(-(-tile.programs // (batch * programs)), -(-entries // 2)))
     if settings.paged:
         key, value = (x.reshape(x.shape[0], -1, x.shape[-1]) for x in (key, value))
@@ -215,10 +216,11 @@ def decode(
     return (out[0], lse[0]) if whole else combine(out, lse, query.dtype, settings.launcher)
 
 
-def pick_tile(itemsize: int, dims: int, capability: int | None = None) -> DecodeTile:
+def pick_tile(itemsize: int, dims: int, lists: int, capability: int | None = None) -> DecodeTile:
     """Keys and values of a turn take 32 KB, so that two or three turns are under way.
 
-    dims: padded, of keys and values together. capability: of the GPU, by default that of the call.
+    dims: padded, of keys and values together. lists: how many there are, to be split over programs.
+    capability: of the GPU, by default that of the call.
     """
     fit = (1 << 15) // (itemsize * dims)
     keys = max(16, min(64, 1 << (fit.bit_length() - 1)))  # dims need not be a power of two
@@ -227,4 +229,6 @@ def pick_tile(itemsize: int, dims: int, capability: int | None = None) -> Decode
         # what a third turn brings.
         return DecodeTile(keys, num_warps=8)
     hopper = (capability or compute_capability() or 90) >= 90
-    return DecodeTile(keys, num_stages=3 if hopper else 2)
+    # Measured on Hopper: 1.01 to 1.07 times as fast where all programs run at a time.
+    warps = 2 if hopper and lists <= _FEW_LISTS and dims <= 256 else 4
+    return DecodeTile(keys, num_warps=warps, num_stages=3 if hopper else 2)

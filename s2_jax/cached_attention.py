@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.append import Token, append_over_mesh
 from pallas_kernels.decode import NO_ROOM, DecodeSettings
 from pallas_kernels.decode_partition import decode_over_mesh
 from pallas_kernels.explicit import is_split
@@ -25,10 +24,10 @@ from s2_jax.cudnn import can_step, cudnn_step
 from s2_jax.decode_reference import reference_decode
 from s2_jax.evicting_cache import EvictingCache
 from s2_jax.implementations import run
-from s2_jax.rope import check_rope, cos_and_sin, rotate_from
+from s2_jax.joining import Cache, New, join
+from s2_jax.rope import check_rope
 from s2_jax.structure import boolean
 
-Cache = TypeVar("Cache", bound=ContiguousCache | EvictingCache)
 # More new tokens than this are taken by the kernels for long rows of queries.
 _DECODE_AT_MOST = 16
 
@@ -128,15 +127,13 @@ def _extend(
     if call.head_axis is not None:
         kv_heads += lax.axis_index(call.head_axis).astype(jnp.int32) * kv_heads.size
     start = before.length
-    if (
-        new == 1
-        and not first
-        and implementation != "reference"
-        and call.query.shape[-1] == call.value.shape[-1]
-    ):
-        call, grown = _join(call, before, lengths, kv_heads, rope_base, implementation)
+    tokens = New(call.query, call.key, call.value)
+    if new == 1 and not first:
+        query, grown = join(tokens, before, lengths, kv_heads, rope_base, implementation)
+        call = dataclasses.replace(call, query=query)
     else:
-        call = _turned(call, 0 if first else start, rope_base)
+        tokens = tokens.turned(0 if first else start, rope_base)
+        call = dataclasses.replace(call, query=tokens.query, key=tokens.key)
         grown = before.append(call.key, call.value, lengths, kv_heads)
     attend = functools.partial(
         s2_attention,
@@ -186,39 +183,6 @@ def _undifferentiable(*arrays: Array) -> tuple[Array, ...]:
 @_undifferentiable.defjvp
 def _(*_: Any) -> Any:
     raise NotImplementedError("cached_attention has no gradients; s2_attention has")
-
-
-def _turned(call: Call, offset: Any, rope_base: float | None) -> Call:
-    query, key = (rotate_from(x, offset, rope_base) for x in (call.query, call.key))
-    return dataclasses.replace(call, query=query, key=key)
-
-
-def _join(
-    call: Call,
-    before: Cache,
-    lengths: Array,
-    kv_heads: Array,
-    rope_base: float | None,
-    implementation: str | None,
-) -> tuple[Call, Cache]:
-    """One token of each sequence is turned and joins the cache, all by one kernel."""
-    row, table = before.places(1, lengths, kv_heads)
-    angles: tuple[Any, Any] = (None, None)
-    if rope_base is not None:
-        angles = cos_and_sin(before.length, call.query.shape[-1], rope_base)
-    token = Token(call.query, call.key, call.value, *angles)
-    kernel = functools.partial(append_over_mesh, paged=before.paged)
-
-    def reference(_: Any, __: Any, key: Array, value: Array) -> tuple[Array, Array, Array]:
-        turned = _turned(call, before.length, rope_base)
-        held = dataclasses.replace(before, key=key, value=value)
-        after = held.append(turned.key, turned.value, lengths, kv_heads)
-        return turned.query, after.key, after.value
-
-    found = run(implementation, kernel, reference, token, row[..., 0], before.key, before.value)
-    query, key, value = found
-    grown = cast(Cache, before.with_rows(key, value, cast(Any, table)))
-    return dataclasses.replace(call, query=query), grown
 
 
 def _decode(

@@ -100,8 +100,8 @@ def test_a_sweep_of_tiles_starts_with_the_heuristics(run, monkeypatch):
     line = f"{DECODE} --batches 2 --launchers interpret --caches evicting-s2 --sweep"
     result, printed = run(decode, line)
     tiles = [row["tile"] for row in result["sweep"]]
-    assert tiles[0] == {"keys": 64, "programs": 256, "num_warps": 4, "num_stages": 3}
-    assert {"keys": 16, "programs": 4, "num_warps": 4, "num_stages": 3} in tiles
+    assert tiles[0] == {"keys": 64, "programs": 256, "num_warps": 2, "num_stages": 3}
+    assert {"keys": 16, "programs": 4, "num_warps": 2, "num_stages": 3} in tiles
     assert tiles[-1]["num_stages"] == 2
     assert all(row["error"] is None for row in result["sweep"])
     assert "tiles, 2 x 4/2 evicting-s2; the heuristic's: 12.0 us, keys 64" in printed

@@ -27,14 +27,14 @@ def test_parts_add_up(kernels, parts, heads, monkeypatch):
 
 @pytest.mark.parametrize(
     ("group", "longest", "parts"),
-    [(1, 9.0, 1), (4, 0.0, 1), (4, 1.6, 1), (4, 3.0, 2), (4, 99.0, 4), (6, 4.0, 3), (5, 2.0, 5)],
+    [(1, 9.0, 1), (4, 0.0, 1), (4, 1.2, 1), (4, 2.5, 2), (4, 99.0, 4), (6, 3.6, 3), (5, 2.0, 5)],
 )
 def test_parts_make_the_longest_row_short(group, longest, parts):
     assert parts_of_group(group, TILE, longest) == parts
 
 
 def test_fewer_and_larger_programs_take_longer_each():
-    assert parts_of_group(4, Tile(64, 128, 8, 3), 3.0) == 1
+    assert parts_of_group(4, Tile(64, 128, 8, 3), 2.5) == 1
 
 
 def test_short_rows_have_the_longer_longest_row():
