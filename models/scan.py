@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+
+X = TypeVar("X")
 
 
 class Segment(NamedTuple):
@@ -43,10 +44,10 @@ def _repeats(kinds: Sequence[Hashable], start: int, period: int, times: int) -> 
 def scan_layers(
     layers: Sequence[nnx.Module],
     segment: Segment,
-    apply: Callable[[Any, Float[Array, "b l d"]], Float[Array, "b l d"]],
-    x: Float[Array, "b l d"],
-) -> Float[Array, "b l d"]:
-    """`apply(layer, x)` for the layers of a segment, one after the other."""
+    apply: Callable[[Any, X], X],
+    x: X,
+) -> X:
+    """`apply(layer, x)` for the layers of a segment, one after the other; `x` is any pytree."""
     start, period, repeats = segment
     if repeats == 1:
         return apply(layers[start], x)
@@ -55,7 +56,7 @@ def scan_layers(
     rounds = [[state for _, state in parts[i::period]] for i in range(period)]
     stacked = [jax.tree.map(lambda *each: jnp.stack(each), *states) for states in rounds]
 
-    def step(x: Float[Array, "b l d"], states: Any) -> tuple[Float[Array, "b l d"], None]:
+    def step(x: X, states: Any) -> tuple[X, None]:
         for graphdef, state in zip(graphdefs, states, strict=True):
             x = apply(nnx.merge(graphdef, state), x)
         return x, None

@@ -85,7 +85,9 @@ def _jit_program(
     lie, whole = shardings(mesh, abstract), NamedSharding(mesh, P())
     rows = NamedSharding(mesh, BATCH)
     step = partial(train_step, graphdef=graphdef, optimizer=optimizer, accumulate=accumulate)
-    train = jax.jit(step, donate_argnums=0, out_shardings=(lie, whole))
+    # What one half of the rows exchanges over axis tensor hides behind the other's products.
+    options = {"xla_gpu_enable_latency_hiding_scheduler": True} if mesh_config.tensor > 1 else None
+    train = jax.jit(step, donate_argnums=0, out_shardings=(lie, whole), compiler_options=options)
     evaluate = jax.jit(partial(summed_loss, graphdef), out_shardings=whole)
     init = jax.jit(make_state(model, optimizer), out_shardings=lie)
     gather = jax.jit(lambda state: state, out_shardings=whole)
