@@ -123,7 +123,8 @@ class ModelConfig:
     """How dense layers run, if not like the others: by cuDNN, without segments (GPU only)."""
     remat: Remat = "none"
     """What the backward pass recomputes to save memory: nothing; every layer, a third more work;
-    or every layer but the attention itself, whose output it keeps."""
+    or every layer but the attention itself, whose output it keeps (and where tokens are exchanged
+    over mesh axis tensor, the residual stream after it)."""
     scan_layers: bool = False
     """Compile layers that repeat once, which takes a fraction of the time, and a second copy of
     the parameters; generating does not."""

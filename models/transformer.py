@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, PartitionSpec, get_abstract_mesh
 from jaxtyping import Array, Float, Int
 
@@ -28,10 +29,15 @@ def _by_cudnn(primitive: Any, *_: Any, **__: Any) -> bool:
     return primitive.name == "dot_product_attention_fwd_wrapper"
 
 
-_KEEP_ATTENTION = jax.checkpoint_policies.save_from_both_policies(
-    jax.checkpoint_policies.save_only_these_names("s2_attention_out", "s2_attention_lse"),
-    _by_cudnn,
-)
+def _keeping(*names: str) -> Any:
+    policies = jax.checkpoint_policies
+    return policies.save_from_both_policies(policies.save_only_these_names(*names), _by_cudnn)
+
+
+# Made once, as the initialisers.
+_ATTENDED = ("s2_attention_out", "s2_attention_lse")
+_KEEP_ATTENTION = _keeping(*_ATTENDED)
+_KEEP_STREAM_TOO = _keeping(*_ATTENDED, "residual_stream")
 
 
 class RMSNorm(nnx.Module):
@@ -89,7 +95,7 @@ class Block(nnx.Module):
         self, x: Float[Array, "b l d"], segment_ids: Int[Array, "b l"] | None = None
     ) -> Float[Array, "b l d"]:
         attended = self.attention(gather(self.attention_norm(x)), segment_ids=segment_ids)
-        x = x + scatter(attended)
+        x = checkpoint_name(x + scatter(attended), "residual_stream")
         return x + scatter(self.mlp(gather(self.mlp_norm(x))))
 
     def extend(
@@ -149,8 +155,7 @@ class Transformer(nnx.Module):
     ) -> Float[Array, "b l d"]:
         """The residual stream after all layers, normed."""
         call = _recomputing(self.remat)
-
-        number = 2 if _exchanges(x.shape[0]) else 1
+        number = 2 if _can_be_halved(x.shape[0]) else 1
         of_rows = _dealt(segment_ids, number)
 
         def apply(block: Block, rows: list[Array]) -> list[Array]:
@@ -219,15 +224,13 @@ def scatter(x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
     return _split(_split(x), "tensor")
 
 
-def _exchanges(batch: int) -> bool:
-    """Whether layers exchange tokens over axis tensor, for rows that can be dealt out in two.
+def _can_be_halved(batch: int) -> bool:
+    """Whether tokens are exchanged over axis tensor, for rows that can be dealt out in two.
 
     One half's exchanges then hide behind the products of the other, where XLA's scheduler is one
     that hides latency (`train.parallel` asks for it).
     """
-    mesh = get_abstract_mesh()
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    sizes = {name: mesh.shape[name] for name, kind in kinds if kind == AxisType.Auto}
+    sizes = _auto_axes()
     rows = batch // (sizes.get("data", 1) * sizes.get("fsdp", 1))
     return sizes.get("tensor", 1) > 1 and rows > 0 and rows % 2 == 0
 
@@ -245,9 +248,7 @@ def _collected(rows: list[Array]) -> Array:
 
 
 def _split(x: Array, *axes: str) -> Array:
-    mesh = get_abstract_mesh()
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    there = {name for name, kind in kinds if kind == AxisType.Auto}
+    there = _auto_axes()
     batch = tuple(axis for axis in ("data", "fsdp") if axis in there)
     rest = [axis for axis in axes if axis in there]
     if not batch and not rest:
@@ -255,11 +256,21 @@ def _split(x: Array, *axes: str) -> Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(batch, *rest))
 
 
+def _auto_axes() -> dict[str, int]:
+    """Sizes of the axes in scope that XLA splits arrays over."""
+    mesh = get_abstract_mesh()
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {name: mesh.shape[name] for name, kind in kinds if kind == AxisType.Auto}
+
+
 def _recomputing(remat: Remat) -> Callable[..., Array]:
     """A block's call, under `jax.checkpoint` where the backward pass recomputes it."""
     if remat == "none":
         return Block.__call__
-    policy = _KEEP_ATTENTION if remat == "attention" else None
+    policy = None
+    if remat == "attention":
+        # Split by tokens, the stream after attention takes less memory than it takes exchanges.
+        policy = _KEEP_STREAM_TOO if _auto_axes().get("tensor", 1) > 1 else _KEEP_ATTENTION
     return nnx.remat(Block.__call__, policy=policy)
 
 

@@ -37,9 +37,9 @@ def run(
 ) -> Any:
     """What `kernel(*operands, launcher=...)` gives, or `reference(*operands)`.
 
-    implementation: as for `s2_attention`; what cannot run has been refused. "cudnn" says that the
-    call is for a GPU, and cuDNN has nothing in the kernel's place. Mapped by `vmap`, a kernel runs
-    for one entry after the other.
+    implementation: as for `s2_attention`; what cannot run has been refused. "cudnn" is as None:
+    cuDNN has nothing in the kernel's place. Mapped by `vmap`, a kernel runs for one entry after the
+    other.
     """
     if implementation == "reference" or (implementation is None and on_old_gpu()):
         return reference(*operands)
@@ -47,6 +47,6 @@ def run(
     operands = jax.tree.unflatten(tree, lowering.vary_alike(arrays))
     launcher = LAUNCHERS.get(implementation, "pallas")
     launched: Any = sequential_vmap(functools.partial(kernel, launcher=launcher))
-    if implementation is None:
+    if implementation in (None, "cudnn"):
         return lax.platform_dependent(*operands, cuda=launched, default=reference)
     return launched(*operands)

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from models import HybridConfig, ModelConfig
+from models import HybridConfig, ModelConfig, transformer
 from train import step
 from train.config import MeshConfig, OptimizerConfig, TrainConfig
 from train.parallel import check_devices, make_program
@@ -167,3 +167,20 @@ def test_what_cannot_be_shared_out_is_refused(changes, message):
         return
     with pytest.raises(ValueError, match=message):
         check_devices(config)
+
+
+def test_over_tensor_the_stream_after_attention_is_kept(monkeypatch):
+    """Recomputed, it would be exchanged again, in each half of the rows."""
+
+    def products():
+        model = dataclasses.replace(MODEL, remat="attention")
+        optimizer = make_optimizer(CONFIG.optimizer, CONFIG.steps)
+        graphdef, like = abstract_state(model, optimizer)
+        one = partial(train_step, graphdef=graphdef, optimizer=optimizer)
+        batch = {"tokens": jax.ShapeDtypeStruct((8, 41), np.int32)}
+        with jax.set_mesh(make_mesh(MeshConfig(tensor=2))):
+            return str(jax.make_jaxpr(one)(like, batch)).count("dot_general[")
+
+    kept = products()
+    monkeypatch.setattr(transformer, "_KEEP_STREAM_TOO", transformer._KEEP_ATTENTION)
+    assert products() - kept == 2 * MODEL.num_layers  # the output projections
