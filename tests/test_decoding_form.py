@@ -176,9 +176,10 @@ def test_a_step_by_kernels_is_that_of_the_model(batch, kernels, monkeypatch):
     cache = ModelCache.create(config, batch=batch, max_length=LONGEST)
     found = []
     with jax.default_matmul_precision("highest"):  # as one row has it anyway
-        _, cache = for_decoding(model).extend(ids[:, :31], cache, first=True)
+        extend = nnx.jit(Transformer.extend, static_argnames="first")
+        _, cache = extend(for_decoding(model), ids[:, :31], cache, first=True)
         for position in (31, 32):
-            x, cache = decoding.extend(ids[:, position, None], cache)
+            x, cache = extend(decoding, ids[:, position, None], cache)
             found.append(decoding.logits(x))
         expected = nnx.jit(model)(ids)[:, 31:]
     assert_same(jnp.concatenate(found, axis=1), expected)
