@@ -44,8 +44,7 @@ def filled(cache, lengths, head_dim, **sizes):
     return cache
 
 
-@pytest.mark.parametrize("new", [1, 5, 20])
-@pytest.mark.parametrize("head_dim", [10, 32])
+@pytest.mark.parametrize(("new", "head_dim"), [(1, 10), (1, 32), (5, 10), (20, 32)])
 def test_a_rope_base_turns_queries_and_keys(kind, implementation, new, head_dim):
     cache, arrays = filled(make(kind, head_dim), (40, 0, 17), head_dim), tokens(new, head_dim, 1)
     query, key = (rotate_from(x, cache.length, BASE) for x in arrays[:2])
