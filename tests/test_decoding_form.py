@@ -90,8 +90,10 @@ def test_a_product_is_that_of_a_linear_layer(rows, dtype, stored):
     x, kernel = draw(*rows, 13), linear.kernel[...].T
     found, expected = row_product(x, kernel, dtype), linear(x)
     assert (found.shape, found.dtype) == (expected.shape, expected.dtype)
-    epsilon = float(jnp.finfo(dtype).eps)
-    np.testing.assert_allclose(*map(np.float32, (found, expected)), rtol=epsilon, atol=epsilon)
+    epsilon = float(jnp.finfo(dtype).eps)  # sums of 13 terms, in an order of the CPU's
+    np.testing.assert_allclose(
+        *map(np.float32, (found, expected)), rtol=8 * epsilon, atol=8 * epsilon
+    )
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
