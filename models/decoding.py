@@ -84,7 +84,7 @@ class DecodingNorm(RMSNorm):
             return stream, normed(stream, self.scale[...], self.epsilon)
         x, added = stream
         rows = x.size // x.shape[-1]
-        if rows > _MOST_ROWS or x.dtype not in KERNEL_DTYPES:
+        if not 0 < rows <= _MOST_ROWS or x.dtype not in KERNEL_DTYPES:
             return self._joined(x, added, self.scale[...])
         arrays = x.reshape(rows, -1), added.reshape(-1, rows, x.shape[-1]), self.scale[...]
         kernel = functools.partial(add_norm_over_mesh, epsilon=self.epsilon)
@@ -158,8 +158,9 @@ class DecodingAttention(S2Attention):
         return query, key, value
 
     def _project(self, x: Float[Array, "*batch length in_features"]) -> tuple[Array, Array, Array]:
-        heads = self.query_key_value(x).reshape(*x.shape[:-1], -1, self.head_dim)
         ends = [self.num_heads, self.num_heads + self.num_kv_heads]
+        heads = self.query_key_value(x)
+        heads = heads.reshape(*x.shape[:-1], ends[1] + self.num_kv_heads, self.head_dim)
         query, key, value = jnp.split(heads, ends, axis=-2)
         return query, key, value
 
@@ -179,7 +180,7 @@ class DecodingAttention(S2Attention):
     def _project_out(
         self, attended: Float[Array, "*batch length heads head_dim"]
     ) -> Float[Array, "*batch length in_features"]:
-        return self.out(attended.reshape(*attended.shape[:-2], -1))
+        return self.out(attended.reshape(*attended.shape[:-2], self.num_heads * self.head_dim))
 
 
 class DecodingSwiGLU(SwiGLU):

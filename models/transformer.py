@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -155,7 +156,8 @@ class Transformer(nnx.Module):
     ) -> Float[Array, "b l d"]:
         """The residual stream after all layers, normed."""
         call = _recomputing(self.remat)
-        number = 2 if _can_be_halved(x.shape[0]) else 1
+        alike = segment_ids is None or segment_ids.shape[0] == x.shape[0]
+        number = 2 if alike and _can_be_halved(x.shape[0]) else 1
         of_rows = _dealt(segment_ids, number)
 
         def apply(block: Block, rows: list[Array]) -> list[Array]:
@@ -231,8 +233,8 @@ def _can_be_halved(batch: int) -> bool:
     that hides latency (`train.parallel` asks for it).
     """
     sizes = _auto_axes()
-    rows = batch // (sizes.get("data", 1) * sizes.get("fsdp", 1))
-    return sizes.get("tensor", 1) > 1 and rows > 0 and rows % 2 == 0
+    halves = 2 * sizes.get("data", 1) * sizes.get("fsdp", 1)
+    return sizes.get("tensor", 1) > 1 and batch > 0 and batch % halves == 0
 
 
 def _dealt(x: Array | None, number: int) -> list[Any]:
@@ -251,6 +253,12 @@ def _split(x: Array, *axes: str) -> Array:
     there = _auto_axes()
     batch = tuple(axis for axis in ("data", "fsdp") if axis in there)
     rest = [axis for axis in axes if axis in there]
+    # What devices cannot share out evenly they all hold: of padded parts, XLA has made gradients
+    # that were wrong.
+    if x.shape[0] % math.prod(there[axis] for axis in batch):
+        batch = ()
+    if x.shape[1] % math.prod(there[axis] for axis in rest):
+        rest = []
     if not batch and not rest:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(batch, *rest))

@@ -170,13 +170,14 @@ def append_over_mesh(
     """`append`, which XLA may split as tokens and storage are split."""
     if not may_be_split():
         return append(token, row, key, value, paged=paged, launcher=launcher)
-    group = token.query.shape[2] // token.key.shape[2]
-    split = _splittable(paged, launcher, group, token.cos is not None)
+    kv_heads = token.key.shape[2]
+    group = token.query.shape[2] // kv_heads
+    split = _splittable(paged, launcher, kv_heads, group, token.cos is not None)
     return split(*(x for x in token if x is not None), row, key, value)
 
 
 @functools.lru_cache(maxsize=64)
-def _splittable(paged: bool, launcher: Launcher, group: int, turns: bool) -> Any:
+def _splittable(paged: bool, launcher: Launcher, kv_heads: int, group: int, turns: bool) -> Any:
     def run(*arrays: Any) -> tuple[jax.Array, ...]:
         *new, row, key, value = arrays
         token = Token(new[0], new[1], new[2], *(new[3:] if turns else (None, None)))
@@ -190,5 +191,5 @@ def _splittable(paged: bool, launcher: Launcher, group: int, turns: bool) -> Any
         (query, storage, storage),
         # Pages are shared by the sequences: each device has to write those of all.
         whole=("one", "dim", "half", "pages", "block", "length", *["batch"] * paged),
-        members={"heads": ("kv_heads", group)},
+        members={"heads": ("kv_heads", kv_heads, group)},
     )

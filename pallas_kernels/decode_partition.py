@@ -30,12 +30,12 @@ def decode_over_mesh(
     if not may_be_split():
         return decode(settings, query, key, value, position, lists)
     kv_heads = key.shape[0 if settings.paged else 2]
-    split = _splittable(settings, query.shape[1] // kv_heads)
+    split = _splittable(settings, kv_heads, query.shape[1] // kv_heads)
     return split(query, key, value, position, *lists)
 
 
 @functools.lru_cache(maxsize=64)
-def _splittable(settings: DecodeSettings, programs_of_head: int) -> Any:
+def _splittable(settings: DecodeSettings, kv_heads: int, programs_of_head: int) -> Any:
     storage = _STORAGE[settings.paged]
 
     def run(query: Any, key: Any, value: Any, position: Any, *lists: Any) -> Any:
@@ -49,5 +49,5 @@ def _splittable(settings: DecodeSettings, programs_of_head: int) -> Any:
         ),
         (f"{_ROWS} value_dim", _ROWS),
         whole=_WHOLE,
-        members={"programs": ("kv_heads", programs_of_head)},
+        members={"programs": ("kv_heads", kv_heads, programs_of_head)},
     )  # fmt: skip

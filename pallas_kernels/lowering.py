@@ -69,6 +69,11 @@ def _abstract_device() -> Any:
     return getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
 
 
+def varying(arrays: Sequence[Any]) -> frozenset[str]:
+    """The mesh axes over which any of the arrays varies, inside `jax.shard_map`."""
+    return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))
+
+
 def vary_alike(arrays: Sequence[Any]) -> tuple[jax.Array, ...]:
     """The same arrays, marked as varying over all mesh axes over which any of them does.
 

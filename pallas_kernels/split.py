@@ -15,7 +15,7 @@ def splittable(
     results: Sequence[str],
     *,
     whole: Iterable[str],
-    members: Mapping[str, tuple[str, int]] | None = None,
+    members: Mapping[str, tuple[str, int, int]] | None = None,
 ) -> Any:
     """`run` as XLA's partitioner sees it: each device calls it on what it holds, or on all.
 
@@ -23,11 +23,16 @@ def splittable(
       run: takes and returns arrays; each result has more than one axis.
       operands, results: names of the axes of each, as in "batch rows dim".
       whole: axes that may not be split.
-      members: axes made of another one: for "programs" ("kv_heads", 4), four stand side by side for
-        each of the key/value heads.
+      members: axes made of another one: for "programs" ("kv_heads", 8, 4), four stand side by side
+        for each of the 8 key/value heads.
     """
-    groups = dict(members or {})
+    made = dict(members or {})
+    groups = {name: (of, n) for name, (of, size, n) in made.items() if size > 1}
+    # Shardy knows no factors of one: members of one alone are an axis of their own.
+    whole = {*whole, *(name for name, (_, size, n) in made.items() if size == 1 and n > 1)}
+    factors_of_one = {name: of for name, (of, size, n) in made.items() if size == n == 1}
     factors = {name: f"({of} {name}_of)" if n > 1 else of for name, (of, n) in groups.items()}
+    factors |= factors_of_one
 
     def text(arrays: Sequence[str]) -> str:
         return ", ".join(" ".join(factors.get(x, x) for x in axes.split()) for axes in arrays)

@@ -101,7 +101,7 @@ def cached_attention(
     if boolean("first", first) and new > cache.max_length:
         raise ValueError(f"{new} new tokens are more than max_length={cache.max_length}")
     if rope_base is not None:
-        check_rope(call.query.shape[-1], rope_base)
+        rope_base = check_rope(call.query.shape[-1], rope_base)
     if choose(call, implementation) == "reference":
         implementation = "reference"
     return _extend(call, cache, lengths, first, rope_base, implementation)

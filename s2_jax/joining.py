@@ -6,9 +6,11 @@ import dataclasses
 import functools
 from typing import Any, NamedTuple, TypeVar, cast
 
+import jax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.append import Token, append_over_mesh
+from pallas_kernels.lowering import varying
 from s2_jax.contiguous_cache import ContiguousCache
 from s2_jax.evicting_cache import EvictingCache
 from s2_jax.implementations import run
@@ -41,9 +43,9 @@ def join(
     """The queries of one token of each sequence, turned, and the cache with it, by one kernel.
 
     lengths: 1, or 0 where there is none. kv_heads: numbers of the heads that the cache holds.
-    Values of another size than keys, and the reference, are written by XLA.
+    What the kernel is not for is left to XLA.
     """
-    if implementation == "reference" or new.query.shape[-1] != new.value.shape[-1]:
+    if implementation == "reference" or not _by_kernel(new, cache):
         turned = new.turned(cache.length, rope_base)
         grown = cache.append(turned.key, turned.value, lengths, kv_heads)
         return turned.query, cast(Cache, grown)
@@ -62,3 +64,10 @@ def join(
     operands = (Token(*new, *angles), row[..., 0], cache.key, cache.value)
     query, key, value = run(implementation, kernel, reference, *operands)
     return query, cast(Cache, cache.with_rows(key, value, cast(Any, table)))
+
+
+def _by_kernel(new: New, cache: Any) -> bool:
+    """Values as large as keys; and not a cache that devices share while their queries differ."""
+    if new.query.shape[-1] != new.value.shape[-1]:
+        return False
+    return varying([new.query]) <= varying([new.key, new.value, *jax.tree.leaves(cache)])

@@ -247,13 +247,14 @@ class S2Attention(nnx.Module):
         if x.ndim != 3:
             raise ValueError(f"x must be [batch, new, {self.in_features}], got shape {x.shape}")
         check_cache_of(cache, self.pattern, self.num_heads, self.num_kv_heads)
+        turned = self._has_own_projections()
         attended, cache = cached_attention(
-            *self._project(x),
+            *(self.project(x, 0 if first else cache.length) if turned else self._project(x)),
             cache,
             lengths=lengths,
             first=first,
             head_axis=self.head_axis,
-            rope_base=self.rope_base,
+            rope_base=None if turned else self.rope_base,
             implementation=self.implementation,
         )
         return self._project_out(attended), cache
@@ -303,6 +304,15 @@ class S2Attention(nnx.Module):
             **options,
         )
         return self._project_out(attended)
+
+    def _has_own_projections(self) -> bool:
+        """Whether a subclass has steps that `_project` knows nothing of."""
+
+        def owner(name: str) -> type:
+            return next(each for each in type(self).__mro__ if name in vars(each))
+
+        steps = ("project", "project_query", "project_key_value")
+        return not all(issubclass(owner("_project"), owner(name)) for name in steps)
 
     def _project(self, x: Float[Array, "*batch length in_features"]) -> tuple[Array, Array, Array]:
         """Queries, keys and values before rotation."""

@@ -12,12 +12,14 @@ from jaxtyping import Array, Float, Int
 from s2_jax.checks import static_number
 
 
-def check_rope(head_dim: int, base: float) -> None:
-    """Raises ValueError where a head of this size cannot be rotated with this base."""
+def check_rope(head_dim: int, base: Any) -> float:
+    """The base as a Python number; ValueError where no head of this size is rotated with it."""
     if head_dim % 2:
         raise ValueError(f"{head_dim=} must be even for rotary embedding, which turns pairs")
-    if not static_number("rope_base", base, "it must be known when tracing") > 0:
+    number = static_number("rope_base", base, "it must be known when tracing")
+    if not number > 0:
         raise ValueError(f"rope_base={base!r} must be positive")
+    return number
 
 
 def positions_from(query_offset: Any, length: int) -> Int[Array, "*batch length"]:
@@ -75,7 +77,7 @@ def cos_and_sin(
     positions: Int[Array, "*batch length"], head_dim: int, base: float
 ) -> tuple[Float[Array, "*batch length half_dim"], Float[Array, "*batch length half_dim"]]:
     """float32, of the angles by which `rotate` turns the pairs of a head."""
-    check_rope(head_dim, base)
+    base = check_rope(head_dim, base)
     frequency = np.float32(base ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim))
     angle = jnp.float32(positions)[..., None] * frequency.reshape((1,) * positions.ndim + (-1,))
     return jnp.cos(angle), jnp.sin(angle)

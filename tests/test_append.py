@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import s2_jax
 from s2_jax import ContiguousCache, EvictingCache, cached_attention
+from s2_jax.nnx import S2Attention
 from s2_jax.rope import rotate_from
 
 PATTERN = s2_jax.local_stride(2, 3, block_size=16)
@@ -92,6 +94,29 @@ def test_one_row_of_each_head_is_written(kind, kernels, head_dim, rope_base, dty
     np.testing.assert_allclose(*map(np.float32, (after.key, expected.key)), rtol=rtol, atol=rtol)
     assert np.isnan(out[2]).all()
     assert np.isfinite(np.float32(out[:2])).all()
+
+
+def test_a_rope_base_may_be_an_array(kind):
+    cache, arrays = make(kind, 32), tokens(1, 32)
+    expected, _ = cached_attention(*arrays, cache, rope_base=BASE)
+    base = jnp.float32(BASE)
+    step = jax.jit(lambda *args: cached_attention(*args, rope_base=base))
+    np.testing.assert_allclose(step(*arrays, cache)[0], expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_layer_with_projections_of_its_own_decodes_with_them():
+    class Normed(S2Attention):
+        def project(self, x, offset=0):
+            query, key, value = super().project(x, offset)
+            return query / 7, key * 3, value
+
+    layer = Normed(24, 6, PATTERN, num_kv_heads=2, head_dim=8, rope_base=BASE, rngs=nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((BATCH, 20, 24)), jnp.float32)
+    found, cache = layer.extend(x[:, :19], make(EvictingCache, 8), first=True)
+    last, _ = layer.extend(x[:, 19:], cache)
+    np.testing.assert_allclose(
+        jnp.concatenate([found, last], axis=1), layer(x), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_values_of_another_size_join_as_well(kind, implementation):

@@ -81,6 +81,43 @@ def test_a_step_over_a_mesh_adds_no_collective(kind, new, implementation):
     np.testing.assert_allclose(out, expected, atol=2e-6)
 
 
+@pytest.mark.parametrize("kind", [EvictingCache, ContiguousCache])
+@pytest.mark.parametrize(("new", "heads"), [(1, 4), (1, 40), (16, 4)])
+def test_one_key_value_head_over_a_mesh(kind, new, heads):
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    pattern = s2_jax.local_stride(2, 3, block_size=16, homogeneous=True)
+    cache = kind.create(
+        pattern, batch=1, max_length=70, num_heads=heads, num_kv_heads=1, head_dim=8,
+        dtype=jnp.float32,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    shapes = [(1, new, n, 8) for n in (heads, 1, 1)]
+    arrays = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+    expected, _ = cached_attention(*arrays, cache, implementation="reference")
+    placed = jax.device_put((*arrays, cache), NamedSharding(mesh, P()))
+    out, _ = jax.jit(lambda *args: cached_attention(*args, implementation="interpret"))(*placed)
+    np.testing.assert_allclose(out, expected, atol=2e-6)
+
+
+@pytest.mark.parametrize("new", [1, 2])
+def test_a_cache_that_devices_share_stays_shared(new):
+    """Query heads split, the one key/value head not: the cache varies over no axis."""
+    mesh = jax.make_mesh((2,), ("heads",), axis_types=(AxisType.Auto,))
+    pattern = s2_jax.local_stride(2, 3, block_size=16, homogeneous=True)
+    cache = ContiguousCache.create(
+        pattern, batch=2, max_length=70, num_heads=2, num_kv_heads=1, head_dim=8,
+        dtype=jnp.float32,
+    )  # fmt: skip
+    arrays = [jnp.ones((2, new, n, 8)) for n in (4, 1, 1)]
+    by_heads = P(None, None, "heads")
+    run = jax.shard_map(
+        cached_attention, mesh=mesh, in_specs=(by_heads, P(), P(), P()), out_specs=(by_heads, P())
+    )
+    out, after = jax.jit(run)(*arrays, cache)
+    assert out.shape == (2, new, 4, 8)
+    np.testing.assert_array_equal(after.length, [new, new])
+
+
 def test_heads_that_the_devices_do_not_divide():
     """They are gathered, and the result is right all the same."""
     mesh = jax.make_mesh((8,), ("heads",), axis_types=(AxisType.Auto,))

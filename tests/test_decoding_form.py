@@ -245,6 +245,15 @@ def test_a_generator_writes_the_same(rows, temperature):
     assert found == expected
 
 
+@pytest.mark.parametrize("kind", ["evicting", "contiguous"])
+def test_no_tokens_at_all(kind):
+    decoding = for_decoding(make())
+    cache = ModelCache.create(CONFIG, batch=2, max_length=LONGEST, kind=kind)
+    x, same = decoding.extend(tokens(2)[:, :0], cache)
+    assert x.shape == (2, 0, CONFIG.width)
+    jax.tree.map(np.testing.assert_array_equal, same, cache)
+
+
 # Making it.
 
 

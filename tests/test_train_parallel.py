@@ -5,11 +5,13 @@ import re
 from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
-from models import HybridConfig, ModelConfig, transformer
+from models import HybridConfig, ModelConfig, Transformer, transformer
 from train import step
 from train.config import MeshConfig, OptimizerConfig, TrainConfig
 from train.parallel import check_devices, make_program
@@ -184,3 +186,21 @@ def test_over_tensor_the_stream_after_attention_is_kept(monkeypatch):
     kept = products()
     monkeypatch.setattr(transformer, "_KEEP_STREAM_TOO", transformer._KEEP_ATTENTION)
     assert products() - kept == 2 * MODEL.num_layers  # the output projections
+
+
+@pytest.mark.parametrize(("batch", "length"), [(5, 32), (7, 32), (4, 31)])
+def test_what_devices_cannot_share_out_evenly(batch, length):
+    """The model over such a mesh computes what it does on one device, gradients included."""
+    graphdef, params = nnx.split(Transformer(MODEL, rngs=nnx.Rngs(0)))
+    ids = jax.random.randint(jax.random.key(0), (batch, length), 0, 256)
+
+    def loss(params, ids):
+        logits = nnx.merge(graphdef, params)(ids)
+        return (jax.nn.log_softmax(logits)[..., 1] * jnp.arange(length)[None]).mean()
+
+    expected = jax.jit(jax.grad(loss))(params, ids)
+    with jax.set_mesh(make_mesh(MeshConfig(data=2, tensor=2))):
+        found = jax.jit(jax.grad(loss))(jax.device_get(params), jax.device_get(ids))
+    largest = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(expected))
+    for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=2e-6 * largest, rtol=1e-4)
