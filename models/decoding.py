@@ -157,6 +157,11 @@ class DecodingAttention(S2Attention):
         query, key = (rotate_from(each, offset, self.rope_base) for each in (query, key))
         return query, key, value
 
+    def _new(
+        self, x: Float[Array, "*batch length in_features"], offset: Any
+    ) -> tuple[Array, Array, Array, float | None]:
+        return *self._project(x), self.rope_base  # the kernel that they are taken in by turns them
+
     def _project(self, x: Float[Array, "*batch length in_features"]) -> tuple[Array, Array, Array]:
         ends = [self.num_heads, self.num_heads + self.num_kv_heads]
         heads = self.query_key_value(x)

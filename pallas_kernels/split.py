@@ -26,13 +26,17 @@ def splittable(
       members: axes made of another one: for "programs" ("kv_heads", 8, 4), four stand side by side
         for each of the 8 key/value heads.
     """
-    made = dict(members or {})
-    groups = {name: (of, n) for name, (of, size, n) in made.items() if size > 1}
-    # Shardy knows no factors of one: members of one alone are an axis of their own.
-    whole = {*whole, *(name for name, (_, size, n) in made.items() if size == 1 and n > 1)}
-    factors_of_one = {name: of for name, (of, size, n) in made.items() if size == n == 1}
-    factors = {name: f"({of} {name}_of)" if n > 1 else of for name, (of, n) in groups.items()}
-    factors |= factors_of_one
+    groups = dict(members or {})
+    factors, sizes, held = {}, {}, set(whole)
+    for name, (of, heads, count) in groups.items():
+        if count == 1:
+            factors[name] = of
+        elif heads == 1:  # Shardy knows no factors of one: an axis of its own
+            held.add(name)
+        else:
+            factors[name] = f"({of} {name}_of)"
+            sizes[f"{name}_of"] = count
+    held |= sizes.keys()
 
     def text(arrays: Sequence[str]) -> str:
         return ", ".join(" ".join(factors.get(x, x) for x in axes.split()) for axes in arrays)
@@ -46,7 +50,6 @@ def splittable(
         return mesh, run, *shardings
 
     used = text([*operands, *results]).replace("(", " ").replace(")", " ").replace(",", " ").split()
-    held = {*whole, *(f"{name}_of" for name in groups)}
     split = custom_partitioning(run)
     split.def_partition(
         partition,
@@ -54,12 +57,12 @@ def splittable(
         decode_shardings=False,
         # In the order in which they occur.
         need_replication_factors=tuple(x for x in dict.fromkeys(used) if x in held),
-        **{f"{name}_of": n for name, (_, n) in groups.items() if n > 1},
+        **sizes,
     )
     return split
 
 
-def _agree(arrays: Iterable[tuple[str, Any]], groups: Mapping[str, tuple[str, int]]) -> bool:
+def _agree(arrays: Iterable[tuple[str, Any]], groups: Mapping[str, tuple[str, int, int]]) -> bool:
     """Whether every axis is split alike wherever it occurs, and members as what they belong to."""
     held: dict[str, set[int]] = {}
     for axes, array in arrays:
@@ -71,4 +74,4 @@ def _agree(arrays: Iterable[tuple[str, Any]], groups: Mapping[str, tuple[str, in
             held.setdefault(name, set()).add(size)
     if any(len(found) > 1 for found in held.values()):
         return False
-    return all(held[name] == {n * size for size in held[of]} for name, (of, n) in groups.items())
+    return all(held[name] == {n * size for size in held[of]} for name, (of, _, n) in groups.items())

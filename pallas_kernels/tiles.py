@@ -86,9 +86,9 @@ def pick_tiles(
     tiles = pick(head_dim, itemsize, min(q_len, 4096) if cut_short else q_len)
     grouped_on_hopper = compute_capability == 90 and itemsize == 2 and group > 1
     if grouped_on_hopper and 64 < head_dim <= 128 and block_size >= 64:
-        # Where one loop walks for all heads of a group, 64x128 is 1.06 to 1.09 times as fast in
-        # rows of 131072 tokens, and slower in shorter ones. Where they see different blocks, a
-        # loop for each takes registers, which a tile of 64x64 lacks.
+        # Where one loop walks for all heads of a group, 64x128 is 1.09 times as fast in rows of
+        # 131072 tokens (h100-tune-gqa.json), but not where several programs share a group. Where
+        # they see different blocks, a loop for each takes registers, which a tile of 64x64 lacks.
         large = Tile(64, 128, 8, 3) if q_len > 65536 else tiles.dkv
         dkv = large if gathers else Tile(32, 64, 4, 3)
         tiles = dataclasses.replace(tiles, dkv=dkv)

@@ -45,7 +45,7 @@ def join(
     lengths: 1, or 0 where there is none. kv_heads: numbers of the heads that the cache holds.
     What the kernel is not for is left to XLA.
     """
-    if implementation in ("reference", "cudnn") or not _by_kernel(new, cache):
+    if implementation == "reference" or not _by_kernel(new, cache):
         turned = new.turned(cache.length, rope_base)
         grown = cache.append(turned.key, turned.value, lengths, kv_heads)
         return turned.query, cast(Cache, grown)

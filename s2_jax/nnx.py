@@ -247,14 +247,16 @@ class S2Attention(nnx.Module):
         if x.ndim != 3:
             raise ValueError(f"x must be [batch, new, {self.in_features}], got shape {x.shape}")
         check_cache_of(cache, self.pattern, self.num_heads, self.num_kv_heads)
-        turned = self._has_own_projections()
+        query, key, value, rope_base = self._new(x, 0 if first else cache.length)
         attended, cache = cached_attention(
-            *(self.project(x, 0 if first else cache.length) if turned else self._project(x)),
+            query,
+            key,
+            value,
             cache,
             lengths=lengths,
             first=first,
             head_axis=self.head_axis,
-            rope_base=None if turned else self.rope_base,
+            rope_base=rope_base,
             implementation=self.implementation,
         )
         return self._project_out(attended), cache
@@ -305,18 +307,11 @@ class S2Attention(nnx.Module):
         )
         return self._project_out(attended)
 
-    def _has_own_projections(self) -> bool:
-        """Whether a subclass has steps that `_project` knows nothing of."""
-
-        def owner(name: str) -> type:
-            return next(each for each in type(self).__mro__ if name in vars(each))
-
-        steps = ("project", "project_query", "project_key_value")
-        return not all(issubclass(owner("_project"), owner(name)) for name in steps)
-
-    def _project(self, x: Float[Array, "*batch length in_features"]) -> tuple[Array, Array, Array]:
-        """Queries, keys and values before rotation."""
-        return self.query(x), self.key(x), self.value(x)
+    def _new(
+        self, x: Float[Array, "*batch length in_features"], offset: Any
+    ) -> tuple[Array, Array, Array, float | None]:
+        """What `project` gives, and by which base it is still to be turned."""
+        return *self.project(x, offset), None
 
     def _project_out(
         self, attended: Float[Array, "*batch length heads head_dim"]

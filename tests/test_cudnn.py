@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax._src.cudnn import fused_attention_stablehlo
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 import s2_jax
 from models import HybridConfig, ModelConfig, Transformer
@@ -179,11 +180,13 @@ def lower_for_cuda(monkeypatch):
     }.items():
         monkeypatch.setattr(fused_attention_stablehlo, name, lambda *_, answer=answer: answer)
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        yield (
-            lambda function, *arrays: (
-                jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",))
-            )
-        )
+        yield _lower
+
+
+def _lower(function, *arrays):
+    device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="cuda")
+    with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+        return jax.jit(function).trace(*arrays).lower(lowering_platforms=("cuda",))
 
 
 @pytest.mark.parametrize("length", [36, 37])
