@@ -16,6 +16,7 @@ import tyro
 
 from benchmarks import report
 from benchmarks.attention_worker import first_line
+from train.environment import flags
 
 
 class Common(Protocol):
@@ -69,6 +70,7 @@ class Record:
             "platform": device.platform,
             "versions": report.versions(),
             "commit": report.commit(),
+            "flags": flags(),
             "settings": {
                 name: None if isinstance(value, Path) else value  # says nothing elsewhere
                 for name, value in dataclasses.asdict(settings).items()
@@ -112,6 +114,7 @@ class Record:
         data = self.data
         gpu = data["gpu"] or {"name": data["device_kind"], "driver": "none"}
         lines = [f"{gpu['name']}, driver {gpu['driver']}; {figures}"]
+        lines += [f"{name}={value}" for name, value in data["flags"].items()]
         lines += [f"{name}: {status}" for name, status in data.get("peers", {}).items()]
         lines += data["notes"]
         lines += [f"failed: {what}" for what in data["failed"]]

@@ -303,6 +303,15 @@ def test_one_that_fails_in_a_round_leaves_the_others():
     assert found["good"]["rounds"] == 2
 
 
+def test_what_xla_is_told_is_noted(tmp_path, monkeypatch):
+    flag = "--xla_gpu_enable_latency_hiding_scheduler=true"
+    monkeypatch.setenv("XLA_FLAGS", flag)
+    monkeypatch.setenv("NCCL_DEBUG", "WARN")
+    record = Record(throughput.Settings(platform="cpu", out=tmp_path / "out.json"), 0.0)
+    assert record.data["flags"] == {"NCCL_DEBUG": "WARN", "XLA_FLAGS": flag}
+    assert f"XLA_FLAGS={flag}" in record.closing()
+
+
 def test_a_spent_budget_is_noted(tmp_path, capsys):
     settings = throughput.Settings(platform="cpu", out=tmp_path / "out.json", budget_s=1)
     record = Record(settings, -math.inf)

@@ -19,6 +19,7 @@ from rich.console import Console
 from models import HybridConfig, ModelConfig
 from train.checkpoint import Checkpoints
 from train.config import MeshConfig, OptimizerConfig, ReportConfig, TrainConfig
+from train.environment import flags
 from train.loop import prepare, train
 from train.metrics import MetricsFile, read_metrics
 from train.parallel import make_program
@@ -165,6 +166,7 @@ def test_a_run_leaves_a_full_folder_and_says_how_it_went(whole):
     }  # fmt: skip
     facts = json.loads((config.out / "environment.json").read_text())
     assert facts["versions"]["jax"] == jax.__version__
+    assert facts["flags"] == flags()
     events = b"".join(p.read_bytes() for p in (config.out / "tensorboard").iterdir())
     for name in ("loss", "grad_norm", "learning_rate", "validation", "tokens_per_second"):
         assert name.encode() in events

@@ -1,9 +1,10 @@
-"""What a run was made with: versions, devices, command, commit."""
+"""What a run was made with: versions, devices, command, commit, flags."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -26,8 +27,15 @@ def environment() -> str:
         "devices": [device.device_kind for device in jax.devices()],
         "processes": jax.process_count(),
         "commit": _commit(),
+        "flags": flags(),
     }
     return json.dumps(facts, indent=2) + "\n"
+
+
+def flags() -> dict[str, str]:
+    """What the process's environment tells XLA and NCCL, which changes speeds and roundings."""
+    names = (name for name in os.environ if name == "XLA_FLAGS" or name.startswith("NCCL_"))
+    return {name: os.environ[name] for name in sorted(names)}
 
 
 def _version(package: str) -> str | None:
