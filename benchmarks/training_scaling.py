@@ -51,6 +51,9 @@ class Settings:
     """Of a round."""
     rounds: int = 3
     """Of one GPU and of all, in turn; medians count."""
+    scan_layers: bool = True
+    """Layers that repeat in one loop: compiled once, but one layer's exchanges then cannot hide
+    behind the next one's products."""
     budget_s: float = 300
     """Seconds after which no further way is begun."""
     platform: Literal["gpu", "cpu"] = "gpu"
@@ -76,7 +79,7 @@ class Settings:
         preset = PRESETS[self.preset]
         model = dataclasses.replace(
             preset, num_layers=self.layers or preset.num_layers, vocab_size=256, dtype="bfloat16",
-            remat="attention", scan_layers=True, attention=hybrid,
+            remat="attention", scan_layers=self.scan_layers, attention=hybrid,
         )  # fmt: skip
         return TrainConfig(
             steps=1000, batch_size=self.batch, seq_len=self.length, model=model, **shared

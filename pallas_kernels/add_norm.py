@@ -34,13 +34,13 @@ def s2_add_norm_kernel(
     def part(number: int) -> jax.Array:
         return load_scalars(added_ref, column, exists, 0.0, number)
 
-    added = sum(map(part, range(1, parts)), start=part(0)).astype(x_ref.dtype)
-    x = load_scalars(x_ref, column, exists, 0.0) + added
+    x = load_scalars(x_ref, column, exists, 0.0)
+    scale = load_scalars(scale_ref, column, exists, 0.0)  # no load waits for the sum
+    x += sum(map(part, range(1, parts)), start=part(0)).astype(x_ref.dtype)
     store_scalars(sum_ref, column, x, exists)
     x = x.astype(jnp.float32)
     mean = jnp.sum(x * x, axis=0) * np.float32(1 / width)
-    normed = x * lax.rsqrt(mean + np.float32(epsilon))
-    normed *= load_scalars(scale_ref, column, exists, 0.0)
+    normed = x * lax.rsqrt(mean + np.float32(epsilon)) * scale
     store_scalars(normed_ref, column, normed.astype(normed_ref.dtype), exists)
 
 

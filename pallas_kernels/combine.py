@@ -29,16 +29,22 @@ def s2_combine_kernel(out_ref: Any, lse_ref: Any, o_ref: Any, whole_ref: Any) ->
         exists = part < parts
         return part, exists, load_scalars(lse_ref, part, exists, -jnp.inf)
 
+    def outs(i: Any) -> tuple[jax.Array, jax.Array]:
+        part, exists, lse = lses(i)
+        return lse, load_rows(out_ref, part, dim, exists)
+
+    only = outs(0) if turns == 1 else None  # nothing is loaded after the sums have begun
+
     def higher(i: Any, peak: jax.Array) -> jax.Array:
-        return jnp.maximum(peak, jnp.max(lses(i)[2], axis=0))
+        lse = lses(i)[2] if only is None else only[0]
+        return jnp.maximum(peak, jnp.max(lse, axis=0))
 
     peak = _loop(turns, higher, jnp.float32(-jnp.inf))
     peak = jnp.where(peak == -jnp.inf, 0.0, peak)
 
     def add(i: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        part, exists, lse = lses(i)
+        lse, out = outs(i) if only is None else only
         weight = jnp.exp(lse - peak)
-        out = load_rows(out_ref, part, dim, exists)
         return carry[0] + jnp.sum(weight[:, None] * out, axis=0), carry[1] + jnp.sum(weight, axis=0)
 
     start = jnp.zeros((dim,), jnp.float32), jnp.float32(0)
