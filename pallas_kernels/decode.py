@@ -92,9 +92,12 @@ def s2_decode_kernel(
         max(1, block_size // keys),
     )
 
-    # One turn's entries to each program in turn, so that what is loaded first depends on nothing.
-    first, used, step = pl.program_id(0) * group, used_ref[0], splits * group
-    turns = lax.div(jnp.maximum(used - first, 0) + (step - 1), np.int32(step)) * parts
+    used = used_ref[0]
+    share = lax.div(used + (splits - 1), np.int32(splits))
+    start = pl.program_id(0) * share
+    stop = jnp.minimum(start + share, used)
+    blocks = jnp.maximum(stop - start, 0)
+    turns = blocks * parts if parts > 1 else lax.div(blocks + (group - 1), np.int32(group))
 
     row = lax.iota(jnp.int32, rows)
     exists = None if rows == q_ref.shape[0] else row < q_ref.shape[0]
@@ -105,39 +108,35 @@ def s2_decode_kernel(
     lane = lax.iota(jnp.int32, keys)
     member, within = lax.div(lane, np.int32(unit)), lax.rem(lane, np.int32(unit))
 
-    def entries(ref: Any, turn: jax.Array) -> Any:
-        """Of each key, the number that its entry has; of all of them, if it is one."""
-        begin = first + lax.div(turn, np.int32(parts)) * step
-        last = np.int32(ref.shape[0] - 1)  # what is past the end is not used
+    def entries(ref: Any, begin: jax.Array, nothing: int) -> jax.Array:
+        """Of each key, the number that its entry has. Loaded one by one: see `walk._entries`."""
         if group == 1:
-            return ref[jnp.minimum(begin, last)]
-        numbers = jnp.zeros((keys,), jnp.int32)
-        for i in range(group):  # one by one: see `walk._entries`
-            number = ref[jnp.minimum(begin + i, last)]
+            return jnp.full((keys,), ref[begin])
+        numbers = jnp.full((keys,), nothing, jnp.int32)
+        for i in range(group):
+            there = begin + i < stop
+            number = jnp.where(there, ref[jnp.where(there, begin + i, begin)], nothing)
             numbers = jnp.where(member == i, number, numbers)
         return numbers
 
-    def listed(turn: jax.Array) -> tuple[Any, Any, Any]:
-        return entries(place_ref, turn), entries(block_ref, turn), entries(bits_ref, turn)
-
-    def attend(turn: jax.Array, carry: tuple[Softmax, Any]) -> tuple[Softmax, Any]:
-        softmax, (place, block, bits) = carry
-        following = listed(turn + 1)  # a turn ahead, or keys would have to wait for it
-        in_block = within + lax.rem(turn, np.int32(parts)) * keys
-        there = first + lax.div(turn, np.int32(parts)) * step + member < used
-        positions = block * block_size + in_block
-        inside = there & (place >= 0) & (positions <= newest)
+    def attend(turn: jax.Array, carry: Softmax) -> Softmax:
+        if parts > 1:
+            begin = start + lax.div(turn, np.int32(parts))
+            in_block = within + lax.rem(turn, np.int32(parts)) * keys
+        else:
+            begin, in_block = start + turn * group, within
+        place = entries(place_ref, begin, -1)
+        positions = entries(block_ref, begin, 0) * block_size + in_block
+        inside = (place >= 0) & (positions <= newest)
         stored = jnp.maximum(place, 0) * block_size + in_block
         key = load_rows(k_ref, stored, dim, inside)
         scores = settings.scores(dot(query, key, transpose_b=True))
-        seen = mask(positions, jnp.broadcast_to(bits, positions.shape), inside, None)
+        seen = mask(positions, entries(bits_ref, begin, 0), inside, None)
         value = load_rows(v_ref, stored, value_dim, inside)
-        softmax = softmax.step(jnp.where(seen, scores, -jnp.inf), value, settings.exp2)
-        return softmax, following
+        return carry.step(jnp.where(seen, scores, -jnp.inf), value, settings.exp2)
 
-    start = Softmax.start(rows, value_dim), listed(np.int32(0))
-    softmax, _ = lax.fori_loop(0, turns, attend, start)
-    out, lse = softmax.finish(settings.exp2)
+    carry = lax.fori_loop(0, turns, attend, Softmax.start(rows, value_dim))
+    out, lse = carry.finish(settings.exp2)
     out = jnp.where((position == NO_ROOM)[:, None], jnp.nan, out)
     store_rows(o_ref, row, out, exists)
     store_scalars(lse_ref, row, lse / LOG2_E, exists)
