@@ -168,7 +168,7 @@ def dq(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Arr
     kv_len, kv_heads, value_dim = value.shape[1:]
     group = num_heads // kv_heads
     lists = settings.layouts.dq()
-    grid = Grid(num_heads, num_query_tiles(settings, lists, q_len), batch, lists.heads_first)
+    grid = Grid(num_heads, num_query_tiles(settings, lists, q_len), batch, lists.together)
     named = operands(settings, lists, arrays, list_arrays)
     [gradient] = call_kernel(
         functools.partial(
@@ -206,7 +206,7 @@ def dkv(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Ar
     parts = parts_of_group(group, settings.tiles.dkv, lists.longest / max(1, batch * kv_heads))
     members = group // parts
     named = operands(settings, lists, arrays, list_arrays)
-    grid = Grid(kv_heads * parts, lists.num_tiles, batch, lists.heads_first)
+    grid = Grid(kv_heads * parts, lists.num_tiles, batch, lists.together)
     dtypes = (key.dtype, value.dtype) if parts == 1 else (jnp.float32, jnp.float32)
     shape = (batch, kv_len, kv_heads * parts)
     sums = call_kernel(

@@ -33,7 +33,7 @@ MAX_COUNT = (1 << COUNT_BITS) - 1
         "group",
         "rows",
         "whole",
-        "heads_first",
+        "together",
         "shared",
         "longest",
     ],
@@ -59,8 +59,9 @@ class BlockLists:
     max_runs: most runs of any row.
     unit: tokens in a unit. group: units in a walked tile. rows: parts of a fixed tile.
     whole: every part of every fixed tile exists, to its last token.
-    heads_first: programs side by side should take the same row of many heads, so that the long
-      rows of all heads come first; otherwise rows of one head, which share its keys in the cache.
+    together: rows of one head, which share what they walk in the cache, that programs side by side
+      take before those of the next head; None: all of a head's. Fewer, so that the long rows of
+      all heads come first.
     """
 
     order: Any
@@ -76,7 +77,7 @@ class BlockLists:
     group: int
     rows: int
     whole: bool
-    heads_first: bool
+    together: int | None
     shared: bool
     longest: float
 

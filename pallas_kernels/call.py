@@ -89,21 +89,26 @@ def _axes(settings: Settings, arrays: Arrays) -> tuple[Axis, Axis]:
 class Grid:
     """One program for each head, row of the lists and batch entry.
 
-    heads_first: programs that run side by side share a row instead of a head.
+    together: rows of one head that programs which run side by side take before those of the next
+    head; None: all of them.
     """
 
     heads: int
     rows: int
     batch: int
-    heads_first: bool
+    together: int | None
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return (*self._ordered(self.heads, self.rows), self.batch)
+        if self.together is None:
+            return self.rows, self.heads, self.batch
+        if self.together == 1:
+            return self.heads, self.rows, self.batch
+        return self.heads * self.rows, 1, self.batch
 
     def program(self) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Head, rank of the row and batch entry of this program."""
-        return (*self._ordered(pl.program_id(0), pl.program_id(1)), pl.program_id(2))
+        return (*self._place(pl.program_id(0), pl.program_id(1)), pl.program_id(2))
 
     def by_head(self, length: int, dim: int, group: int = 1) -> pl.BlockSpec:
         """All of a head's rows of `[batch, length, heads, dim]`; `group` heads share one."""
@@ -127,10 +132,22 @@ class Grid:
         return self._spec((None, *shape[1:]), lambda h, b: (b, *[0] * len(shape[1:])))
 
     def _spec(self, shape: tuple[Any, ...], index: Callable[[Any, Any], Any]) -> pl.BlockSpec:
-        return pl.BlockSpec(shape, lambda i, j, b: index(self._ordered(i, j)[0], b))
+        return pl.BlockSpec(shape, lambda i, j, b: index(self._place(i, j)[0], b))
 
-    def _ordered(self, a: Any, b: Any) -> tuple[Any, Any]:
-        return (a, b) if self.heads_first else (b, a)
+    def _place(self, i: Any, j: Any) -> tuple[Any, Any]:
+        """Head and rank of the row of a program."""
+        if self.together is None:
+            return j, i
+        if self.together == 1:
+            return i, j
+        programs = np.int32(self.heads * self.together)
+        group = lax.div(i, programs)
+        size: Any = np.int32(self.together)
+        first = group * self.together
+        if self.rows % self.together:  # the last group has fewer
+            size = jnp.minimum(self.rows - first, size)
+        within = i - group * programs
+        return lax.div(within, size), first + lax.rem(within, size)
 
 
 def padded_dim(dim: int) -> int:

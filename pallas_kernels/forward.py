@@ -99,7 +99,7 @@ def forward(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[ja
     kv_len, kv_heads, value_dim = value.shape[1:]
     group = num_heads // kv_heads
     lists = settings.layouts.forward()
-    grid = Grid(num_heads, num_query_tiles(settings, lists, q_len), batch, lists.heads_first)
+    grid = Grid(num_heads, num_query_tiles(settings, lists, q_len), batch, lists.together)
     named = operands(settings, lists, arrays, list_arrays)
     out, lse = call_kernel(
         functools.partial(

@@ -10,6 +10,7 @@ from pallas_kernels.block_lists import COUNT_BITS, BlockLists
 from s2_jax.geometry import Geometry
 
 _PROGRAMS_AT_ONCE = 264  # two on each multiprocessor of an H100
+_LATE_ROW, _TOGETHER, _MANY_ROWS = 1 / 4, 16, 256
 
 
 @dataclasses.dataclass
@@ -45,13 +46,26 @@ def pack(heads: list[HeadLists], geometry: Geometry) -> BlockLists:
         group=geometry.walk_tile // geometry.unit,
         rows=rows,
         whole=bool(parts.min() >= 0 and (parts.max() + 1) * geometry.part <= length),
-        heads_first=longest / geometry.heads > 1 / 4,
+        together=_together(longest / geometry.heads, parts.shape[1]),
         shared=geometry.fixed == "kv" and geometry.any_order,
         longest=longest,
     )
     for array in (lists.order, lists.run_start, lists.runs, lists.partial_start, lists.partial):
         array.flags.writeable = False
     return lists
+
+
+def _together(longest: float, num_tiles: int) -> int | None:
+    """How many rows of a head stand side by side.
+
+    longest: row, as a share of all work that a program's place does. Begun late, it would end long
+    after everything else. Few rows are begun one by one, longest first, whatever the head; many by
+    sixteens: one by one, each head's would walk far apart from each other, and find nothing in the
+    cache that others have loaded.
+    """
+    if longest <= _LATE_ROW:
+        return None
+    return _TOGETHER if num_tiles >= _MANY_ROWS else 1
 
 
 def _longest(heads: list[HeadLists]) -> float:

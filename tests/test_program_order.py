@@ -1,0 +1,60 @@
+"""Which program takes which row of which head: every one once, in the order that is meant."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import s2_jax
+from pallas_kernels.call import Grid
+from pallas_kernels.tiles import Tile
+from s2_jax import packing
+from s2_jax.layout import PatternLayouts, block_lists
+from tests.calls import AttentionCall, check, small_tiles
+
+TILE = Tile(64, 64, 4, 2)
+
+
+@pytest.mark.parametrize("together", [None, 1, 2, 3, 7, 9])
+@pytest.mark.parametrize(("heads", "rows"), [(1, 1), (3, 7), (4, 12), (5, 2)])
+def test_programs_take_every_row_of_every_head(heads, rows, together):
+    grid = Grid(heads, rows, 2, together)
+    width, height, batch = grid.shape
+    assert (width * height, batch) == (heads * rows, 2)
+    number = np.arange(heads * rows, dtype=np.int32)
+    head, rank = grid._place(jnp.asarray(number % width), jnp.asarray(number // width))
+    size = together or rows
+    expected = [
+        (h, r)
+        for first in range(0, rows, size)
+        for h in range(heads)
+        for r in range(first, min(first + size, rows))
+    ]
+    assert list(zip(head.tolist(), rank.tolist(), strict=True)) == expected
+
+
+@pytest.mark.parametrize("together", [1, 3, 4])
+@pytest.mark.parametrize(("heads", "kv_heads"), [(3, 3), (6, 2)])
+def test_the_order_changes_no_result(heads, kv_heads, together, kernels, monkeypatch):
+    monkeypatch.setattr(packing, "_together", lambda *_: together)
+    block_lists.cache_clear()
+    # Lengths of its own: what was traced at others is kept, in another order.
+    call = AttentionCall(
+        s2_jax.local_stride(2, 3, block_size=16), q_len=150 + together, kv_len=163, heads=heads,
+        kv_heads=kv_heads, batch=2, dtype="float32", tiles=small_tiles(16, 32),
+    )  # fmt: skip
+    try:
+        check(call, kernels)
+    finally:
+        block_lists.cache_clear()
+
+
+def test_long_columns_are_begun_early_and_share_the_cache():
+    def together(length: int, heads: int = 32) -> int | None:
+        tiles = s2_jax.TileConfig(forward=TILE, dq=TILE, dkv=TILE)
+        pattern = s2_jax.local_stride(8, 16)
+        return PatternLayouts(pattern, heads, heads, 0, length, length, tiles).dkv().together
+
+    assert together(8192) == 1  # eight columns a head
+    assert together(16384) == together(32768) == 16
+    assert together(131072) is None
+    assert together(131072, heads=8) == 16
