@@ -72,6 +72,11 @@ def run(options: Options) -> None:
     texts = options.prompt or (_standard_input(),)
     if not all(texts):
         raise ValueError("the prompt is empty: give the model something to go on from")
+    for number, text in enumerate(texts):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError:  # how Python hands on bytes that are not UTF-8
+            raise ValueError(f"prompt {number} is not UTF-8") from None
     prompts = [saved.text.encode(text) for text in texts]
     saved = dataclasses.replace(saved, model=for_decoding(saved.model))  # the other one is freed
     # A row costs memory and time, used or not.

@@ -117,6 +117,7 @@ class Generator:
           max_tokens: most tokens to generate for each.
           sampling: how tokens are drawn; by default at temperature 1.
           stop: tokens after which a sequence ends.
+          seed: from 0 to below 2**32.
           on_tokens: called with the number of a prompt and its next tokens, as they come.
 
         Raises:
@@ -125,6 +126,10 @@ class Generator:
             computed.
           FloatingPointError: the model gives NaN.
         """
+        stop = tuple(stop)  # read more than once
+        _check_integer("seed", seed)
+        if not 0 <= seed < 1 << 32:
+            raise ValueError(f"{seed=} must be from 0 to below 2**32")
         requests = self._checked(prompts, max_tokens, stop)
         batch = _Batch(self, requests, max_tokens, sampling or Sampling(), stop, seed, on_tokens)
         while batch.waiting or batch.running:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -105,12 +106,19 @@ def _from_run(folder: Path, values: dict[str, Any]) -> tuple[ModelConfig, Transf
     checkpoints = folder / "checkpoints"
     if not checkpoints.is_dir():
         raise ValueError(f"{folder} holds no checkpoints")
-    problems, level = [], logging.root.manager.disable
+    problems: list[str] = []
+    level = logging.root.manager.disable
     with ocp.CheckpointManager(checkpoints.resolve()) as manager:
         for step in sorted(manager.all_steps(), reverse=True):
             try:
                 logging.disable(logging.ERROR)  # its own words on damage
                 restored = manager.restore(step, args=args)
+                if problems:
+                    warnings.warn(
+                        f"checkpoints that are damaged, {'; '.join(problems)}: that of step {step} "
+                        "is used",
+                        stacklevel=3,
+                    )
                 return config, nnx.merge(graphdef, restored.state["params"])
             except Exception as error:  # damage may show in any way
                 why = f"{type(error).__name__}: {error}".splitlines()[0][:100]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from s2_jax.structure import Heads, at_least_one, integer
+from s2_jax.structure import Heads, at_least_one, boolean, integer
 
 if TYPE_CHECKING:
     from s2_jax.patterns import Pattern
@@ -24,6 +24,9 @@ def block_mask_at(
     for name, blocks in (("q_blocks", q_blocks), ("kv_blocks", kv_blocks)):
         if integer(name, blocks) < 0:
             raise ValueError(f"{name}={blocks} must not be negative")
+    num_heads, q_blocks, kv_blocks, num_kv_heads = _integers(
+        num_heads, q_blocks, kv_blocks, num_kv_heads
+    )
     mask = np.empty((num_heads, q_blocks, kv_blocks), dtype=bool)
     groups = _unique_heads(pattern, num_heads, num_kv_heads, q_blocks, kv_blocks)
     for key, rows, seen in _evaluate(pattern, groups, num_heads, num_kv_heads, q_blocks, kv_blocks):
@@ -34,6 +37,7 @@ def block_mask_at(
 def density(
     pattern: Pattern, num_heads: int, q_len: int, kv_len: int, num_kv_heads: int | None
 ) -> float:
+    num_heads, q_len, kv_len, num_kv_heads = _integers(num_heads, q_len, kv_len, num_kv_heads)
     q_blocks, kv_blocks = _blocks(pattern, q_len), _blocks(pattern, kv_len)
     possible = q_blocks * kv_blocks
     if pattern.causal:
@@ -52,16 +56,18 @@ def flops(
     head_dim: int,
     backward: bool,
 ) -> int:
+    num_heads, q_len, kv_len, num_kv_heads = _integers(num_heads, q_len, kv_len, num_kv_heads)
     q_blocks, kv_blocks = _blocks(pattern, q_len), _blocks(pattern, kv_len)
     visible = _visible_blocks(pattern, num_heads, num_kv_heads, q_blocks, kv_blocks)
-    at_least_one("head_dim", head_dim)
-    matmuls = 5 if backward else 2
+    head_dim = at_least_one("head_dim", head_dim)
+    matmuls = 5 if boolean("backward", backward) else 2
     return visible * matmuls * 2 * pattern.block_size**2 * head_dim
 
 
 def coverage(
     pattern: Pattern, num_heads: int, q_len: int, kv_len: int, num_kv_heads: int | None
 ) -> float:
+    num_heads, q_len, kv_len, num_kv_heads = _integers(num_heads, q_len, kv_len, num_kv_heads)
     if not q_len or not kv_len:
         return 0.0
     last = _last_row(pattern, num_heads, q_len, kv_len, num_kv_heads)
@@ -74,6 +80,7 @@ def coverage(
 def kv_footprint(
     pattern: Pattern, num_heads: int, q_len: int, kv_len: int, num_kv_heads: int | None
 ) -> np.ndarray:
+    num_heads, q_len, kv_len, num_kv_heads = _integers(num_heads, q_len, kv_len, num_kv_heads)
     kv_heads = _kv_heads(num_heads, num_kv_heads)
     if not is_kv_efficient(pattern, num_heads, q_len, kv_len, num_kv_heads):
         return np.full(kv_heads, kv_len)
@@ -90,6 +97,7 @@ def is_kv_efficient(
     pattern: Pattern, num_heads: int, q_len: int, kv_len: int, num_kv_heads: int | None
 ) -> bool:
     """Judged for each key/value head: a block is kept while any query head of the group sees it."""
+    num_heads, q_len, kv_len, num_kv_heads = _integers(num_heads, q_len, kv_len, num_kv_heads)
     q_blocks, kv_blocks = _blocks(pattern, q_len), _blocks(pattern, kv_len)
     kv_heads = _kv_heads(num_heads, num_kv_heads)
     keys = _keys(pattern, num_heads, num_kv_heads, q_blocks, kv_blocks)
@@ -107,6 +115,15 @@ def is_kv_efficient(
             if (seen[1:] & ~seen[:-1] & later).any():
                 return False
     return True
+
+
+def _integers(
+    num_heads: int, q_len: int, kv_len: int, num_kv_heads: int | None
+) -> tuple[int, int, int, int | None]:
+    """The same as Python's integers: NumPy's would overflow."""
+    kv_heads = None if num_kv_heads is None else at_least_one("num_kv_heads", num_kv_heads)
+    lengths = integer("length", q_len), integer("length", kv_len)
+    return at_least_one("num_heads", num_heads), *lengths, kv_heads
 
 
 def _blocks(pattern: Pattern, length: int) -> int:

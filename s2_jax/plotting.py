@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from s2_jax.patterns import Pattern
+from s2_jax.structure import at_least_one, integer
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,12 +57,14 @@ def plot_pattern(
     except ImportError as error:
         raise ImportError("plot_pattern needs matplotlib: pip install 's2-jax[plot]'") from error
 
-    kv_length = length if kv_length is None else kv_length
+    if not isinstance(pattern, Pattern):
+        raise TypeError(f"pattern must be a pattern, got {type(pattern).__name__}")
+    num_heads, length = at_least_one("num_heads", num_heads), at_least_one("length", length)
+    kv_length = length if kv_length is None else at_least_one("kv_length", kv_length)
     heads = tuple(range(min(num_heads, HEADS_SHOWN)) if heads is None else heads)
+    heads = tuple(integer("heads", head) for head in heads)
     if not heads or not all(0 <= head < num_heads for head in heads):
         raise ValueError(f"{heads=} must name at least one of the {num_heads} heads, from 0")
-    if length < 1 or kv_length < 1:
-        raise ValueError(f"{length=} and {kv_length=} must be at least 1")
     q_blocks, kv_blocks = (-(-tokens // pattern.block_size) for tokens in (length, kv_length))
     mask = pattern.block_mask_at(
         num_heads=num_heads, q_blocks=q_blocks, kv_blocks=kv_blocks, num_kv_heads=num_kv_heads

@@ -199,6 +199,17 @@ def test_generation_refuses(settings, call, message):
         generator(**settings).generate(**{"prompts": [[1]], "max_tokens": 1} | call)
 
 
+@pytest.mark.parametrize("seed", [-1, 1 << 32])
+def test_a_seed_has_32_bits(seed):
+    with pytest.raises(ValueError, match=f"seed={seed} must be from 0 to below"):
+        generator().generate([[1]], max_tokens=1, seed=seed)
+
+
+def test_stop_tokens_may_be_read_once():
+    [result] = generator().generate([[1]], max_tokens=9, stop=iter(range(31)))
+    assert len(result.tokens) == 1
+
+
 def test_tokens_must_be_integers():
     with pytest.raises(TypeError, match="prompt 0 must hold integers, got float64"):
         generator().generate([[1.0]], max_tokens=1)
@@ -283,6 +294,12 @@ def test_a_trained_run_writes_on(tmp_path, capsys):
     both = written(config.out, capsys, prompt=("3 bottles", "beer"), sampling=GREEDY)
     assert both.startswith(text.rstrip("\n"))
     assert "\nbeer" in both
+    for path in (config.out / "checkpoints" / "2" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    if (config.out / "checkpoints" / "1").exists():
+        with pytest.warns(UserWarning, match="damaged, 2 .*: that of step 1 is used"):
+            load_model(config.out)
     shutil.rmtree(config.out / "checkpoints")
     with pytest.raises(ValueError, match="holds no checkpoints"):
         load_model(config.out)
@@ -319,6 +336,7 @@ def test_a_space_after_the_prompt_is_not_lost():
     ("arguments", "message"),
     [
         (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "\udcff"], "prompt 0 is not UTF-8"),
         (["--seed", "-1"], "seed=-1 must be"),
         (["--checkpoint", "nowhere"], "nowhere holds no config.json: it must be the folder"),
     ],

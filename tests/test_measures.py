@@ -148,6 +148,18 @@ def test_a_group_is_kv_efficient_together():
     assert pair.is_kv_efficient(2, 64, 64, 1)
 
 
+@pytest.mark.parametrize("integer", [np.int8, np.int32, np.int64])
+def test_small_integers_do_not_overflow(integer):
+    pattern = s2_jax.dense(block_size=16)
+    assert pattern.density(integer(32), 3000, 3000) == 1
+    flops = pattern.flops(integer(4), 3000, 3000, head_dim=integer(127), backward=True)
+    assert (flops, type(flops)) == (pattern.flops(4, 3000, 3000, head_dim=127, backward=True), int)
+    with pytest.raises(TypeError, match="backward='no' must be True or False"):
+        pattern.flops(4, 64, 64, head_dim=16, backward="no")
+    with pytest.raises(ValueError, match="num_heads=0 must be at least 1"):
+        pattern.coverage(0, 0, 0)
+
+
 @pytest.mark.parametrize("measure", ["density", "coverage", "kv_footprint", "is_kv_efficient"])
 def test_heads_that_do_not_fit(measure):
     with pytest.raises(ValueError, match="num_kv_heads=2"):

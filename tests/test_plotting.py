@@ -109,6 +109,21 @@ def test_bad_calls(options, message):
         plot_pattern(PATTERN, **{"num_heads": 2, "length": 80, **options})
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pattern": 3}, "pattern must be a pattern, got int"),
+        ({"num_heads": 2.0}, "num_heads=2.0 must be an integer"),
+        ({"num_heads": True}, "num_heads=True must be an integer"),
+        ({"length": "80"}, "length='80' must be an integer"),
+        ({"heads": ["a"]}, "heads='a' must be an integer"),
+    ],
+)
+def test_what_is_no_number(options, message):
+    with pytest.raises(TypeError, match=message):
+        plot_pattern(**{"pattern": PATTERN, "num_heads": 2, "length": 80, **options})
+
+
 def test_names_the_extra_where_matplotlib_is_missing(monkeypatch):
     real_import = builtins.__import__
 

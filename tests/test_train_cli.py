@@ -96,6 +96,7 @@ def test_a_run_refuses(change, message):
         (OptimizerConfig, {"b2": 1.0}, "b2=1.0"),
         (ReportConfig, {"eval_every": 0}, "eval_every=0 must be positive"),
         (ReportConfig, {"temperature": -1.0}, "temperature=-1.0"),
+        (ReportConfig, {"temperature": 1e-9}, "temperature=1e-09 must be 0, or 1e-6 or more"),
         (HybridConfig, {"block_size": 10}, "block_size"),
     ],
 )

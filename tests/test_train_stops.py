@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from tests.test_train_loop import assert_same, last_checkpoint, run, settings, write_text
+from train import __main__ as command
 from train.checkpoint import Checkpoints
 from train.config import OptimizerConfig
 from train.loop import prepare
@@ -120,6 +121,18 @@ def test_a_run_without_a_whole_checkpoint_says_so(whole, tmp_path):
         run(hurt)
 
 
+def test_the_command_line_says_so_too(whole, tmp_path, monkeypatch, capsys):
+    config = copy(whole, tmp_path / "run")
+    for path in (config.out / "checkpoints").rglob("*"):
+        if path.is_file() and path.parent.name != "data" and "metadata" not in path.name:
+            path.write_bytes(b"")
+    monkeypatch.setattr(command, "parse", lambda arguments: config)
+    with pytest.raises(SystemExit) as stopped:
+        command.main()
+    assert stopped.value.code == 2
+    assert "error: no whole checkpoint is left in" in capsys.readouterr().err.replace("\n", " ")
+
+
 def test_as_many_checkpoints_are_kept_as_asked_for(whole, tmp_path):
     few = dataclasses.replace(
         whole, out=tmp_path / "run", report=dataclasses.replace(whole.report, keep=1)
@@ -143,16 +156,26 @@ def add_and_stop(self, record):
         os.kill(os.getpid(), signal.SIGTERM)
     add(self, record)
 
-MetricsFile.add = add_and_stop
+def flush_and_stop(self):
+    records = flush(self)
+    if records[-1]["step"] == 3:  # which is no checkpoint's
+        os.kill(os.getpid(), signal.SIGTERM)
+    return records
+
+flush = MetricsFile.flush
+MetricsFile.{method} = {method}_and_stop
 command.parse = lambda arguments: settings(pathlib.Path({text!r}), pathlib.Path({out!r}))
 command.main()
 """
 
 
-def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_had_been(whole, tmp_path):
+@pytest.mark.parametrize("method", ["add", "flush"])  # before and after a step was waited for
+def test_sigterm_saves_and_the_run_goes_on_as_if_nothing_had_been(whole, tmp_path, method):
     stopped = dataclasses.replace(whole, out=tmp_path / "stopped")
     root = Path(__file__).parents[1]
-    script = STOPPED_RUN.format(paths=[str(root)], text=str(whole.data), out=str(stopped.out))
+    script = STOPPED_RUN.format(
+        paths=[str(root)], text=str(whole.data), out=str(stopped.out), method=method
+    )
     environment = os.environ | {"JAX_NUMPY_DTYPE_PROMOTION": "standard"}
     done = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=False

@@ -11,6 +11,7 @@ import tyro
 from rich.console import Console
 
 from models.presets import PRESETS
+from train.checkpoint import NoCheckpoint
 from train.config import TrainConfig
 from train.loop import prepare, train
 from train.processes import join, wait_for_all
@@ -64,6 +65,9 @@ def main() -> None:
         then = f"--resume --out {run.folder.root} and the same settings continue"
         console.print(f"{what}; {then if saved else 'nothing was saved yet'}", markup=False)
         sys.exit(143 if isinstance(stop, Stopped) else 130)
+    except NoCheckpoint as error:
+        _say_error(error)
+        sys.exit(2)
     except (FloatingPointError, OSError) as error:
         _say_error(error)
         sys.exit(1)

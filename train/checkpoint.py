@@ -78,7 +78,7 @@ class Checkpoints:
           put_aside: damaged ones, so that the run can save those steps again.
 
         Raises:
-          ValueError: none is whole.
+          NoCheckpoint: none is whole.
         """
         args = ocp.args.Composite(state=ocp.args.StandardRestore(like), data=ocp.args.JsonRestore())
         for step in self._steps():
@@ -91,7 +91,7 @@ class Checkpoints:
                 say(f"the checkpoint of step {step} is damaged, the one before is used ({why})")
                 if put_aside:
                     self._put_aside(step)
-        raise ValueError(f"no whole checkpoint is left in {str(self._manager.directory)!r}")
+        raise NoCheckpoint(f"no whole checkpoint is left in {str(self._manager.directory)!r}")
 
     def _steps(self) -> list[int]:
         """Last first."""
@@ -105,6 +105,10 @@ class Checkpoints:
             free = next(n for n in names if not (folder.parent / n).exists())
             (folder / str(step)).rename(folder.parent / free)
         self._manager.reload()
+
+
+class NoCheckpoint(ValueError):
+    """A run cannot go on: none of its checkpoints is whole."""
 
 
 class _quiet:

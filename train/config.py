@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from models.config import ModelConfig
 from models.presets import PRESETS
+from models.sampling import Sampling
 from models.tokenizer import NUM_BYTES
 from train.shards import is_prepared
 
@@ -137,8 +138,7 @@ class ReportConfig:
             "keep",
             "sample_bytes",
         )
-        if not 0 <= self.temperature < math.inf:
-            raise ValueError(f"temperature={self.temperature!r} must be 0 or more")
+        _ = Sampling(temperature=self.temperature)  # checks it
 
 
 @dataclasses.dataclass(frozen=True)

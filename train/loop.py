@@ -21,6 +21,7 @@ from train.metrics import MetricsFile, Record
 from train.parallel import Program, check_devices, make_program
 from train.progress import Clock, Progress
 from train.report import Report, describe, introduce, write_report
+from train.shards import is_prepared
 from train.step import TrainState, learning_rate_schedule, make_optimizer
 from train.stop import Stopped, StopSignal
 from train.validation import bits_per_byte
@@ -48,11 +49,24 @@ def prepare(config: TrainConfig) -> Run:
             f"{jax.default_backend()}"
         )
     folder = check_folder(config)
+    _check_apart(config, folder)
     data = load_batches(config)
     if config.resume:
         with Checkpoints(folder.checkpoints) as checkpoints:
             checkpoints.check_data(data.fingerprint)
     return Run(config, folder, data)
+
+
+def _check_apart(config: TrainConfig, folder: RunFolder) -> None:
+    """Raises ValueError where what the run writes would be read as its text."""
+    data = config.data
+    if data is None or is_prepared(data):
+        return
+    if folder.root.resolve().is_relative_to(data.resolve()):
+        raise ValueError(
+            f"out={str(folder.root)!r} lies in data={str(data)!r}: what a run writes would be text "
+            "of its own and of the next one; name a folder elsewhere"
+        )
 
 
 def train(run: Run, console: Console) -> Report | None:
@@ -116,9 +130,7 @@ def _take_steps(
             rate = float(rates[step - 1])
             metrics_file.add({"step": step, **metrics._asdict(), "learning_rate": rate})
             due = _due(config.report, step, last=steps)
-            if stop.received:
-                due = due | {"checkpoint"}
-            if not due and step > start + 1:
+            if not due and not stop.received and step > start + 1:
                 continue
             records = metrics_file.flush()  # waits for the step
             _check_finite(records, checkpoints.last)
@@ -137,9 +149,10 @@ def _take_steps(
                 if board is not None:
                     board.add(records)
                 progress.note(f"step {step}/{steps}  validation {describe(bits, data.entropies)}")
-            if "checkpoint" in due:
+            stopping = stop.received and step < steps  # what comes later ends the next step
+            if stopping or "checkpoint" in due:
                 checkpoints.save(program.portable(state), data.train.get_state(), data.fingerprint)
-            if stop.received and step < steps:
+            if stopping:
                 raise Stopped(f"stopped by SIGTERM after step {step}")
             clock.skip()
     return program.collect(state)
