@@ -10,6 +10,7 @@ from models.presets import PRESETS
 from train.__main__ import main, parse
 from train.config import OptimizerConfig, ReportConfig, TrainConfig
 from train.demo import demo_config
+from train.loop import prepare
 
 
 def test_without_arguments_the_defaults_hold():
@@ -103,3 +104,11 @@ def test_a_run_refuses(change, message):
 def test_parts_of_a_run_refuse(make, change, message):
     with pytest.raises(ValueError, match=message):
         make(**change)
+
+
+def test_a_run_does_not_write_into_its_own_text(tmp_path):
+    for name in "ab":
+        (tmp_path / name).write_text("some text")
+    config = TrainConfig(data=tmp_path, out=tmp_path / "runs" / "a")
+    with pytest.raises(ValueError, match="lies in data=.*: what a run writes would be text"):
+        prepare(config)
