@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 
+from models.saved import load_model
 from tests.test_train_loop import assert_same, last_checkpoint, run, settings, write_text
 from train import __main__ as command
 from train.checkpoint import Checkpoints, NoCheckpoint
@@ -119,6 +120,14 @@ def test_a_run_without_a_whole_checkpoint_says_so(whole, tmp_path):
             path.write_bytes(b"")
     with pytest.raises(ValueError, match="checkpoint"):
         run(hurt)
+
+
+def test_whoever_loads_the_model_is_told_of_a_damaged_checkpoint(whole, tmp_path):
+    config = copy(whole, tmp_path / "run")
+    for path in files_of_last(config):
+        damage(path, "gone")
+    with pytest.warns(UserWarning, match="damaged, 7 .*: that of step 6 is used"):
+        load_model(config.out)
 
 
 def test_the_command_line_says_so_too(whole, monkeypatch, capsys):
