@@ -10,7 +10,7 @@ from pallas_kernels.block_lists import COUNT_BITS, BlockLists
 from s2_jax.geometry import Geometry
 
 _PROGRAMS_AT_ONCE = 264  # two on each multiprocessor of an H100
-_LATE_ROW, _TOGETHER, _MANY_ROWS = 1 / 4, 16, 256
+_LATE_ROW, _VERY_LATE_ROW, _TOGETHER = 1 / 10, 1 / 2, 64
 
 
 @dataclasses.dataclass
@@ -46,7 +46,7 @@ def pack(heads: list[HeadLists], geometry: Geometry) -> BlockLists:
         group=geometry.walk_tile // geometry.unit,
         rows=rows,
         whole=bool(parts.min() >= 0 and (parts.max() + 1) * geometry.part <= length),
-        together=_together(longest / geometry.heads, parts.shape[1]),
+        together=_together(longest / geometry.heads),
         shared=geometry.fixed == "kv" and geometry.any_order,
         longest=longest,
     )
@@ -55,17 +55,17 @@ def pack(heads: list[HeadLists], geometry: Geometry) -> BlockLists:
     return lists
 
 
-def _together(longest: float, num_tiles: int) -> int | None:
+def _together(longest: float) -> int | None:
     """How many rows of a head stand side by side.
 
     longest: row, as a share of all work that a program's place does. Begun late, it would end long
-    after everything else. Few rows are begun one by one, longest first, whatever the head; many by
-    sixteens: one by one, each head's would walk far apart from each other, and find nothing in the
-    cache that others have loaded.
+    after everything else: very long ones are begun one by one, longest first, whatever the head.
+    But one by one, each head's walk far apart from each other, and find nothing in the cache that
+    others have loaded; less long ones are begun by many of a head.
     """
     if longest <= _LATE_ROW:
         return None
-    return _TOGETHER if num_tiles >= _MANY_ROWS else 1
+    return _TOGETHER if longest <= _VERY_LATE_ROW else 1
 
 
 def _longest(heads: list[HeadLists]) -> float:

@@ -54,7 +54,7 @@ def test_long_columns_are_begun_early_and_share_the_cache():
         pattern = s2_jax.local_stride(8, 16)
         return PatternLayouts(pattern, heads, heads, 0, length, length, tiles).dkv().together
 
-    assert together(8192) == 1  # eight columns a head
-    assert together(16384) == together(32768) == 16
-    assert together(131072) is None
-    assert together(131072, heads=8) == 16
+    assert together(8192) == together(16384) == 1
+    assert together(32768) == together(131072) == 64
+    assert together(1 << 19) is None
+    assert together(65536, heads=8) == 1
