@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import shutil
 
 import jax
 import numpy as np
@@ -95,7 +96,7 @@ def test_everything_at_two_lengths(trained):
     result = evaluate(
         dataclasses.replace(chosen, lengths=(300, 400)), Console(file=output, width=200)
     )
-    folder = trained.out / "evaluation-7"
+    folder = trained.out / "evaluation-7-2"
     assert {path.name for path in folder.iterdir()} == {
         "evaluation.json",
         "loss.png",
@@ -105,6 +106,68 @@ def test_everything_at_two_lengths(trained):
     assert saved["loss"]["400"]["mean"] == result["loss"][400]["mean"]
     assert 0 < result["loss"][300]["mean"] < 8.5
     assert "bits/byte" in output.getvalue()
+
+
+def small(config, **changes) -> Settings:
+    return dataclasses.replace(
+        Settings(config.out, lengths=(20,), tasks=("loss",), batches=1, batch_size=2), **changes
+    )
+
+
+def copy(config, folder):
+    """The run and its text, where they may be changed."""
+    shutil.copytree(config.out, folder / "run")
+    shutil.copytree(config.data, folder / "text")
+    path = folder / "run" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"data": str(folder / "text")}))
+    for old in (folder / "run").glob("evaluation-*"):
+        shutil.rmtree(old)
+    return dataclasses.replace(config, data=folder / "text", out=folder / "run")
+
+
+def test_a_text_that_has_changed_since_the_training_is_refused(trained, tmp_path):
+    config, console = copy(trained, tmp_path), Console(file=io.StringIO())
+    evaluate(small(config), console)
+    (config.data / "new.txt").write_text("more text\n" * 60)
+    with pytest.raises(
+        ValueError, match=r"text'?: the text has changed .*fingerprint \w{12} then, \w{12} now"
+    ):
+        evaluate(small(config), console)
+
+
+def test_other_text_that_is_named_is_taken_and_said_to_be_other(trained, tmp_path):
+    config, output = copy(trained, tmp_path), io.StringIO()
+    console = Console(file=output)
+    own = evaluate(small(config, data=config.data), console)
+    assert "is not the text" not in output.getvalue()
+    other = shutil.copytree(config.data, tmp_path / "other")
+    (other / "new.txt").write_text("more text\n" * 60)
+    found = evaluate(small(config, data=other), console)
+    assert "other' is not the text that the run was trained on" in output.getvalue()
+    assert found["fingerprint"] == load_batches(settings(other, config.out)).fingerprint
+    assert found["fingerprint"] != own["fingerprint"]
+
+
+def test_other_text_must_have_the_tokens_of_the_run(trained, tmp_path):
+    config = copy(trained, tmp_path)
+    (config.out / "tokenizer.json").write_text("{}")
+    (config.data / "new.txt").write_text("more text\n" * 60)
+    with pytest.raises(ValueError, match=r"other tokens than the run: .*run/tokenizer\.json"):
+        evaluate(small(config, data=config.data), Console(file=io.StringIO()))
+
+
+def test_only_the_same_evaluation_is_replaced(trained, tmp_path):
+    config, console = copy(trained, tmp_path), Console(file=io.StringIO())
+    for lengths in ((20,), (30,), (20,), (30,)):
+        evaluate(small(config, lengths=lengths), console)
+    found = {
+        path.parent.name: json.loads(path.read_text())["settings"]["lengths"]
+        for path in config.out.glob("evaluation-*/evaluation.json")
+    }
+    assert found == {"evaluation-7": [20], "evaluation-7-2": [30]}
+    (config.out / "evaluation-7" / "evaluation.json").write_text("[")
+    evaluate(small(config), console)
+    assert (config.out / "evaluation-7-3" / "evaluation.json").is_file()
 
 
 @pytest.mark.parametrize(

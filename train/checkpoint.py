@@ -49,18 +49,21 @@ class Checkpoints:
 
     def check_data(self, fingerprint: str) -> None:
         """Raises ValueError without a checkpoint, or where the last one is from other data."""
+        if self.fingerprint() != fingerprint:
+            raise ValueError(
+                "data: the text has changed since the run was started, so it cannot be resumed"
+            )
+
+    def fingerprint(self) -> str:
+        """Of the data that the last checkpoint is from; ValueError without one."""
         for step in self._steps():
             try:
                 data = self._manager.restore(
                     step, args=ocp.args.Composite(data=ocp.args.JsonRestore())
                 ).data
-                if data["fingerprint"] == fingerprint:
-                    return
+                return data["fingerprint"]
             except Exception:  # damage may show in any way; `restore` says so
                 continue
-            raise ValueError(
-                "data: the text has changed since the run was started, so it cannot be resumed"
-            )
         raise ValueError(
             f"no checkpoint in {str(self._manager.directory)!r}, nothing to resume: start anew in "
             "another folder"

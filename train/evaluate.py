@@ -25,6 +25,8 @@ from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
+from models.saved import TOKENIZER
+from models.tokenizer import TextTokenizer
 from train.batches import Batches, load_batches
 from train.evaluation_plots import save_heat_map, save_loss_by_position
 from train.folder import write_text
@@ -38,6 +40,7 @@ _RETRIEVAL: dict[Task, Callable[..., Example]] = {
     "needles": multi_needle,
     "recall": associative_recall,
 }
+_RESULT = "evaluation.json"
 # Tokens to predictions, [batch, length] each; argument 2: segment ids or None.
 Predict = Callable[[Any, Any], Any]
 
@@ -75,6 +78,8 @@ class Settings:
     """Questions for each depth and length."""
     seed: int = 0
     """Of the questions."""
+    data: Path | None = None
+    """Other text to evaluate on than the run's own, with the same tokens."""
 
     def __post_init__(self) -> None:
         for name in ("batches", "batch_size", "depths", "samples"):
@@ -90,19 +95,26 @@ def evaluate(settings: Settings, console: Console) -> dict[str, Any]:
     """What the JSON holds.
 
     Raises:
-        ValueError: there is no run, or its text is too short for a length.
+        ValueError: there is no run, or its text has changed or is too short for a length.
     """
     saved = load_run(settings.run, console.print)
+    if settings.data is not None:
+        config = dataclasses.replace(saved.config, data=settings.data.resolve())
+        saved = dataclasses.replace(saved, config=config)
     lengths = settings.lengths or (saved.config.seq_len, 4 * saved.config.seq_len)
-    out = saved.folder.root / f"evaluation-{saved.step}"
-    out.mkdir(exist_ok=True)
+    data = {length: _text(saved, settings, length) for length in dict.fromkeys(lengths)}
+    text = data[lengths[0]]
+    _check_text(saved, settings, text, console)
+    tasks = _fitting(settings, data, console)
     result: dict[str, Any] = {
         "step": saved.step,
         "trained_at": saved.config.seq_len,
-        "settings": dataclasses.asdict(settings) | {"run": None, "lengths": list(lengths)},
+        "fingerprint": text.fingerprint,
+        "settings": dataclasses.asdict(settings)
+        | {"run": None, "data": _name(saved), "lengths": lengths},
     }
-    data = {length: _text(saved, settings, length) for length in dict.fromkeys(lengths)}
-    tasks = _fitting(settings, data, console)
+    out = _folder(saved, result)
+    out.mkdir(exist_ok=True)
     if "loss" in tasks:
         losses = loss_function(saved.graphdef, saved.params)
         result["loss"] = {
@@ -118,10 +130,59 @@ def evaluate(settings: Settings, console: Console) -> dict[str, Any]:
             }
             result[task] = found
             save_heat_map(out / f"{task}.png", task, found, saved.config.seq_len)
-    write_text(out / "evaluation.json", json.dumps(result, indent=1) + "\n")
+    write_text(out / _RESULT, json.dumps(result, indent=1) + "\n")
     _show(result, console)
     console.print(f"written to {out}", highlight=False, markup=False, soft_wrap=True)
     return result
+
+
+def _name(saved: SavedRun) -> str:
+    data = saved.config.data
+    return "Python's own library" if data is None else str(data)
+
+
+def _check_text(saved: SavedRun, settings: Settings, text: Batches, console: Console) -> None:
+    """Raises ValueError for text that the run was not trained on; where it was named, says so.
+
+    Text of other tokens is always refused.
+    """
+    if text.fingerprint == saved.fingerprint:
+        return
+    prints = f"fingerprint {saved.fingerprint[:12]} then, {text.fingerprint[:12]} now"
+    if settings.data is None:
+        raise ValueError(
+            f"data={_name(saved)!r}: the text has changed since the run was trained ({prints}); "
+            "--data FOLDER evaluates on other text"
+        )
+    file = saved.folder.root / TOKENIZER
+    tokens = file.read_text(encoding="utf-8") if file.is_file() else None
+    if (text.tokenizer.json if isinstance(text.tokenizer, TextTokenizer) else None) != tokens:
+        raise ValueError(
+            f"data={_name(saved)!r} has other tokens than the run: prepare it with --tokenizer "
+            + ("bytes" if tokens is None else str(file))
+        )
+    console.print(
+        f"data={_name(saved)!r} is not the text that the run was trained on ({prints})",
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+def _folder(saved: SavedRun, asked: dict[str, Any]) -> Path:
+    """A folder of its own for every evaluation of a step: only the same one is replaced."""
+    name = f"evaluation-{saved.step}"
+    names = (name if n == 1 else f"{name}-{n}" for n in itertools.count(1))
+    return next(f for n in names if _is_free(f := saved.folder.root / n, asked))
+
+
+def _is_free(folder: Path, asked: dict[str, Any]) -> bool:
+    path = folder / _RESULT
+    if not path.is_file():
+        return True
+    try:
+        there = json.loads(path.read_text(encoding="utf-8"))
+        return {name: there[name] for name in asked} == json.loads(json.dumps(asked))
+    except (KeyError, TypeError, ValueError):  # of another version
+        return False
 
 
 def _fitting(settings: Settings, data: dict[int, Batches], console: Console) -> tuple[Task, ...]:

@@ -18,13 +18,16 @@ from train.step import make_optimizer
 
 @dataclasses.dataclass(frozen=True)
 class SavedRun:
-    """graphdef, params: `nnx.merge` makes the model of them. step: of the checkpoint."""
+    """graphdef, params: `nnx.merge` makes the model of them. step: of the checkpoint.
+    fingerprint: of the text that it was trained on.
+    """
 
     folder: RunFolder
     config: TrainConfig
     graphdef: Any
     params: Any
     step: int
+    fingerprint: str
 
 
 def load_run(root: Path, say: Callable[[str], object]) -> SavedRun:
@@ -44,4 +47,5 @@ def load_run(root: Path, say: Callable[[str], object]) -> SavedRun:
     program = make_program(config, make_optimizer(config.optimizer, config.steps))
     with Checkpoints(folder.checkpoints, config.report.keep) as checkpoints:
         state, _ = checkpoints.restore(program.like, say, put_aside=False)
-    return SavedRun(folder, config, program.graphdef, state.params, int(state.step))
+        fingerprint = checkpoints.fingerprint()
+    return SavedRun(folder, config, program.graphdef, state.params, int(state.step), fingerprint)
