@@ -248,6 +248,23 @@ def test_an_output_folder_that_holds_something_is_refused_and_left_alone(tmp_pat
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["note"]
 
 
+@pytest.mark.parametrize("pattern", ["", "**", "**/*.json"])
+def test_shards_are_not_written_into_their_own_source(tmp_path, pattern):
+    source = str(write(tmp_path / "source", texts(3)) / pattern)
+    out = tmp_path / "source" / "a" / "out"
+    with pytest.raises(ValueError, match=r"lies in source=.*: what is written there would be"):
+        prepare(PrepareConfig(source, out))
+    assert not out.exists()
+
+
+def test_shards_may_lie_where_a_pattern_finds_none_of_them(tmp_path):
+    source, out = write(tmp_path / "source", texts(3)), tmp_path / "source" / "out"
+    for name in ("first", "second"):
+        prepare(PrepareConfig(f"{source}/**/*.txt", out / name))
+    first, second = (open_shards(out / name) for name in ("first", "second"))
+    assert first.fingerprint == second.fingerprint
+
+
 def cut(path):
     path.write_bytes(path.read_bytes()[:-1])
 

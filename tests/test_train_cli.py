@@ -110,5 +110,5 @@ def test_a_run_does_not_write_into_its_own_text(tmp_path):
     for name in "ab":
         (tmp_path / name).write_text("some text")
     config = TrainConfig(data=tmp_path, out=tmp_path / "runs" / "a")
-    with pytest.raises(ValueError, match=r"lies in data=.*: what a run writes would be text"):
+    with pytest.raises(ValueError, match=r"lies in data=.*: what is written there would be read"):
         prepare(config)

@@ -150,20 +150,27 @@ def _unit(document: Document, by: str) -> str:
     return document.name if by == "document" else document.top_folder
 
 
-def _list_files(source: str) -> tuple[Path, str, list[Path]]:
-    """Root, printable name of the source, and the files under it."""
+def root_and_pattern(source: str) -> tuple[Path, tuple[str, ...]]:
+    """The folder that everything lies in, and the parts of the pattern there; () for a folder."""
     root = Path(source)
     if root.is_dir():
-        found = [Path(folder, name) for folder, _, names in os.walk(root) for name in names]
-        return root, root.resolve().name, found
+        return root, ()
     parts = root.parts
     magic = [i for i, part in enumerate(parts) if glob.has_magic(part)]
     first = magic[0] if magic else len(parts) - 1
-    root = Path(*parts[:first])
+    return Path(*parts[:first]), parts[first:]
+
+
+def _list_files(source: str) -> tuple[Path, str, list[Path]]:
+    """Root, printable name of the source, and the files under it."""
+    root, pattern = root_and_pattern(source)
+    if not pattern:
+        found = [Path(folder, name) for folder, _, names in os.walk(root) for name in names]
+        return root, root.resolve().name, found
     found = [Path(path) for path in glob.iglob(source, recursive=True)]
     if not found:
         raise ValueError(f"{source=} must be a folder, or a pattern that files match")
-    return root, "/".join((root.resolve().name, *parts[first:])), found
+    return root, "/".join((root.resolve().name, *pattern)), found
 
 
 def _content(path: Path, ended: bool) -> bytes:

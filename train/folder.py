@@ -89,6 +89,15 @@ def check_folder(config: TrainConfig) -> RunFolder:
     return folder
 
 
+def check_apart(out: Path, text: Path, name: str) -> None:
+    """Raises ValueError where what is written would be read as text; `name` says which text."""
+    if out.resolve().is_relative_to(text.resolve()):
+        raise ValueError(
+            f"out={str(out)!r} lies in {name}: what is written there would be read as text the "
+            "next time; name a folder elsewhere"
+        )
+
+
 def _check_writable(root: Path) -> None:
     """Raises ValueError where the folder could not be made."""
     there = next(path for path in (root, *root.absolute().parents) if path.exists())

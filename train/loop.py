@@ -16,7 +16,7 @@ from train.batches import Batches, load_batches
 from train.board import Board
 from train.checkpoint import Checkpoints
 from train.config import ReportConfig, TrainConfig
-from train.folder import RunFolder, check_folder
+from train.folder import RunFolder, check_apart, check_folder
 from train.metrics import MetricsFile, Record
 from train.parallel import Program, check_devices, make_program
 from train.progress import Clock, Progress
@@ -49,24 +49,13 @@ def prepare(config: TrainConfig) -> Run:
             f"{jax.default_backend()}"
         )
     folder = check_folder(config)
-    _check_apart(config, folder)
+    if config.data is not None and not is_prepared(config.data):
+        check_apart(folder.root, config.data, f"data={str(config.data)!r}")
     data = load_batches(config)
     if config.resume:
         with Checkpoints(folder.checkpoints) as checkpoints:
             checkpoints.check_data(data.fingerprint)
     return Run(config, folder, data)
-
-
-def _check_apart(config: TrainConfig, folder: RunFolder) -> None:
-    """Raises ValueError where what the run writes would be read as its text."""
-    data = config.data
-    if data is None or is_prepared(data):
-        return
-    if folder.root.resolve().is_relative_to(data.resolve()):
-        raise ValueError(
-            f"out={str(folder.root)!r} lies in data={str(data)!r}: what a run writes would be text "
-            "of its own and of the next one; name a folder elsewhere"
-        )
 
 
 def train(run: Run, console: Console) -> Report | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import hashlib
 import json
 import sys
@@ -16,8 +17,14 @@ from jaxtyping import Int
 from rich.console import Console
 
 from models.tokenizer import END_TOKEN, ByteTokenizer, TextTokenizer, Tokenizer, train_bpe
-from train.documents import Document, SplitDocuments, find_documents, split_documents
-from train.folder import write_text
+from train.documents import (
+    Document,
+    SplitDocuments,
+    find_documents,
+    root_and_pattern,
+    split_documents,
+)
+from train.folder import check_apart, write_text
 from train.shard_writer import ShardWriter, token_dtype
 from train.shards import MANIFEST, SPLITS, TOKENIZER, VERSION, fingerprint
 from train.summary import Prepared, printable, summary
@@ -72,6 +79,9 @@ def prepare(config: PrepareConfig) -> Prepared:
     """
     if config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
         raise ValueError(f"out={str(config.out)!r} must be a new or an empty folder")
+    root, pattern = root_and_pattern(config.source)
+    if not pattern or any(fnmatch.fnmatch(name, pattern[-1]) for name in (MANIFEST, TOKENIZER)):
+        check_apart(config.out, root, f"source={config.source!r}")
     found = find_documents(config.source, config.document_per_folder)
     split = split_documents(found.documents, config.split_by)
     text, tokenizer = _make_tokenizer(config, split)
