@@ -14,6 +14,7 @@ from flax import nnx
 from jaxtyping import Array
 
 from models.cache import Kind, ModelCache
+from models.checks import check_integer, check_kind
 from models.config import ModelConfig
 from models.sampling import Sampling
 from models.steps import NO_TOKEN, Rows, decode_steps, give_pages, take_in
@@ -21,11 +22,6 @@ from models.transformer import Transformer
 
 OnTokens = Callable[[int, list[int]], object]
 _SMALLEST_CHUNK = 16
-
-
-def _check_integer(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name}={value!r} must be an integer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +55,7 @@ class GeneratorConfig:
             value = getattr(self, name)
             if value is None:
                 continue
-            _check_integer(name, value)
+            check_integer(name, value)
             if value < 1:
                 raise ValueError(f"{name}={value!r} must be positive")
         if self.cache not in ("evicting", "contiguous"):
@@ -85,8 +81,12 @@ class Generator:
     def __init__(
         self, config: ModelConfig, model: Transformer, settings: GeneratorConfig | None = None
     ) -> None:
+        settings = GeneratorConfig() if settings is None else settings
+        check_kind("config", config, ModelConfig)
+        check_kind("model", model, Transformer)
+        check_kind("settings", settings, GeneratorConfig)
         self.config = config
-        self.settings = settings or GeneratorConfig()
+        self.settings = settings
         if (vocabulary := model.embed.shape[0]) != config.vocab_size:
             raise ValueError(
                 f"vocab_size={config.vocab_size} is not that of the model, {vocabulary}"
@@ -126,12 +126,14 @@ class Generator:
             computed.
           FloatingPointError: the model gives NaN.
         """
+        sampling = Sampling() if sampling is None else sampling
+        check_kind("sampling", sampling, Sampling)
         stop = tuple(stop)  # read more than once
-        _check_integer("seed", seed)
+        check_integer("seed", seed)
         if not 0 <= seed < 1 << 32:
             raise ValueError(f"{seed=} must be from 0 to below 2**32")
         requests = self._checked(prompts, max_tokens, stop)
-        batch = _Batch(self, requests, max_tokens, sampling or Sampling(), stop, seed, on_tokens)
+        batch = _Batch(self, requests, max_tokens, sampling, stop, seed, on_tokens)
         while batch.waiting or batch.running:
             batch.admit()
             if batch.running:
@@ -159,11 +161,11 @@ class Generator:
         self, prompts: Sequence[Sequence[int]], max_tokens: int, stop: Sequence[int]
     ) -> list[_Request]:
         vocab, longest = self.config.vocab_size, self.settings.max_length
-        _check_integer("max_tokens", max_tokens)
+        check_integer("max_tokens", max_tokens)
         if max_tokens < 1:
             raise ValueError(f"{max_tokens=} must be positive")
         for token in stop:
-            _check_integer("stop", token)
+            check_integer("stop", token)
         if not all(0 <= token < vocab for token in stop):
             raise ValueError(f"stop={list(stop)} must be tokens from 0 to below {vocab}")
         requests = []

@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from models.checks import check_integer, check_number
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -22,10 +24,12 @@ class Sampling:
     """Only the likeliest tokens that together have this probability: at least one."""
 
     def __post_init__(self) -> None:
+        check_number("temperature", self.temperature)
+        check_number("top_p", self.top_p)
+        if self.top_k is not None:
+            check_integer("top_k", self.top_k)
         if not (self.temperature == 0 or 1e-6 <= self.temperature < math.inf):
             raise ValueError(f"temperature={self.temperature!r} must be 0, or 1e-6 or more")
-        if self.top_k is not None and not isinstance(self.top_k, int):
-            raise TypeError(f"top_k={self.top_k!r} must be an integer")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k={self.top_k!r} must be positive")
         if not 0 < self.top_p <= 1:

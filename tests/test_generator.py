@@ -237,6 +237,19 @@ def test_a_generator_refuses_what_its_model_does_not_have():
         make().extend(jnp.zeros((1, 1), jnp.int32), None)
 
 
+@pytest.mark.parametrize("wrong", [{}, {"rows": 2}, "greedy", 0], ids=str)
+def test_a_generator_names_settings_of_another_kind(wrong):
+    kind = type(wrong).__name__
+    with pytest.raises(TypeError, match=f"settings must be a GeneratorConfig, got {kind}"):
+        Generator(CONFIG, make(), wrong)
+    with pytest.raises(TypeError, match=f"sampling must be a Sampling, got {kind}"):
+        generator().generate([[1]], max_tokens=1, sampling=wrong)
+    with pytest.raises(TypeError, match=f"config must be a ModelConfig, got {kind}"):
+        Generator(wrong, make())
+    with pytest.raises(TypeError, match=f"model must be a Transformer, got {kind}"):
+        Generator(CONFIG, wrong)
+
+
 def test_no_prompts_give_no_results():
     assert generator().generate([], max_tokens=1) == []
 
@@ -269,6 +282,33 @@ def test_which_tokens_can_be_drawn():
 def test_a_sampling_refuses(change):
     with pytest.raises(ValueError, match=next(iter(change))):
         Sampling(**change)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"top_k": True}, TypeError, "top_k=True must be an integer"),
+        ({"top_k": 2.0}, TypeError, "top_k=2.0 must be an integer"),
+        ({"top_k": "2"}, TypeError, "top_k='2' must be an integer"),
+        ({"temperature": "1"}, TypeError, "temperature='1' must be a number"),
+        ({"temperature": None}, TypeError, "temperature=None must be a number"),
+        ({"temperature": True}, TypeError, "temperature=True must be a number"),
+        ({"temperature": np.nan}, ValueError, "temperature=nan must be 0, or 1e-6 or more"),
+        ({"top_p": "1"}, TypeError, "top_p='1' must be a number"),
+        ({"top_p": None}, TypeError, "top_p=None must be a number"),
+        ({"top_p": np.nan}, ValueError, "top_p=nan must be above 0 and at most 1"),
+    ],
+    ids=str,
+)
+def test_a_sampling_names_what_is_no_number(change, error, message):
+    with pytest.raises(error, match=message):
+        Sampling(**change)
+
+
+def test_a_sampling_takes_numbers_of_numpy():
+    logits = np.log([0.4, 0.3, 0.2, 0.1]).tolist()
+    chosen = Sampling(temperature=np.float32(1), top_k=np.int64(2), top_p=np.float64(0.5))
+    assert drawn(chosen, logits) == {0}
 
 
 # Models on disk.
