@@ -152,6 +152,10 @@ class ModelConfig:
             raise ValueError(f"norm_epsilon={self.norm_epsilon!r} must be between 0 and 1")
         if not 1 < self.rope_base < math.inf:
             raise ValueError(f"rope_base={self.rope_base!r} must be greater than 1, and finite")
+        if not isinstance(self.attention, HybridConfig):
+            raise TypeError(
+                f"attention={self.attention!r} must be a HybridConfig, as HybridConfig('dense')"
+            )
         _check_choice(self, "dtype", "float32", "bfloat16")
         _check_choice(self, "param_dtype", "float32", "bfloat16")
         if self.param_dtype == "bfloat16" and self.dtype == "float32":

@@ -44,11 +44,14 @@ def load_pretrained(
         float32): float32 to train, bfloat16 to generate.
 
     Raises:
+      TypeError: `attention` is no `HybridConfig`.
       ValueError: what is missing or broken in the folder; a setting that this model does not
         have (rope_scaling, biases, another activation, quantisation, another model type); tensors
         that are missing, unknown, or of another shape or dtype. All are named.
     """
     folder = Path(folder)
+    if folder.is_file():
+        raise ValueError(f"{folder} must be a folder with config.json and safetensors files")
     config = _model_config(folder / "config.json", attention, dtype, param_dtype)
     weights, stored = dict(_weights(config)), stored_tensors(folder)
     stored = {name: x for name, x in stored.items() if not name.endswith(".rotary_emb.inv_freq")}
@@ -88,7 +91,7 @@ def _model_config(
     own = HybridConfig(kind="dense")
     if settings["sliding_window"] is not None:
         own = HybridConfig(kind="window", dense_first=0, window=size("sliding_window"))
-    rope = settings.get("rope_parameters") or {}
+    rope = settings.get("rope_scaling") or settings.get("rope_parameters") or {}  # as transformers
     return ModelConfig(
         vocab_size=size("vocab_size"),
         num_layers=size("num_hidden_layers"),
@@ -126,7 +129,9 @@ def _check_supported(path: Path, settings: dict[str, Any]) -> None:
     for name in ("rope_scaling", "rope_parameters"):  # transformers 4 and 5
         rope = settings.get(name) or {}
         plain = isinstance(rope, dict) and rope.keys() <= {"rope_type", "type", "rope_theta"}
-        if not plain or {rope.get("rope_type"), rope.get("type")} - {None, "default"}:
+        if not plain or any(
+            rope.get(key) not in (None, "default") for key in ("rope_type", "type")
+        ):
             raise ValueError(f"{path}: {name}={rope!r} is not supported, only rope_type default")
 
 

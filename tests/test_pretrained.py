@@ -151,6 +151,22 @@ def test_the_settings_that_transformers_4_writes(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 7e4}, "rope_theta": 5.0}, 7e4),
+        ({"rope_parameters": None, "rope_scaling": {"type": "default", "rope_theta": 7e4}}, 7e4),
+        ({"rope_parameters": {"rope_theta": 5.0}, "rope_scaling": {"rope_theta": 7e4}}, 7e4),
+        ({"rope_parameters": {"rope_theta": 7e4}, "rope_scaling": {}}, 7e4),
+        ({"rope_parameters": {"rope_type": "default"}, "rope_theta": 7e4}, 7e4),
+    ],
+)
+def test_the_rotary_base_is_that_which_transformers_takes(tmp_path, settings, expected):
+    """From rope_scaling before rope_parameters, and from inside before outside."""
+    folder = change_settings(copy(tmp_path), **settings)
+    assert load_pretrained(folder)[0].rope_base == expected
+
+
+@pytest.mark.parametrize(
     ("name", "left_out", "field", "expected"),
     [
         ("llama", "head_dim", "head_dim", 4),
@@ -201,6 +217,9 @@ def test_a_tied_head_must_be_the_embedding(tmp_path):
         ({"rope_scaling": {"type": "linear", "factor": 2}}, "rope_scaling=.*linear.* is not"),
         ({"rope_parameters": {"rope_type": "llama3"}}, "rope_parameters=.*llama3.* is not"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor.* is not"),
+        ({"rope_parameters": {"rope_type": ["llama3"]}}, "rope_parameters=.*llama3.* is not"),
+        ({"rope_scaling": {"type": {}}}, "rope_scaling=.* is not"),
+        ({"rope_scaling": {"rope_theta": "big"}}, "a number for rope_theta, got 'big'"),
         ({"rope_parameters": {"rope_theta": "big"}}, "a number for rope_theta, got 'big'"),
         ({"rms_norm_eps": None}, "a number for rms_norm_eps, got None"),
         ({"hidden_size": None}, "a positive integer hidden_size, got None"),
@@ -214,6 +233,18 @@ def test_settings_that_are_refused(tmp_path, change, message):
     folder = change_settings(copy(tmp_path), **change)
     with pytest.raises(ValueError, match=rf"config\.json.*{message}|^{message}"):
         load_pretrained(folder)
+
+
+def test_an_attention_that_is_refused():
+    with pytest.raises(TypeError, match="attention='dense' must be a HybridConfig, as Hybrid"):
+        load_pretrained(DATA / "llama", attention="dense")
+    with pytest.raises(TypeError, match="attention=None must be a HybridConfig"):
+        ModelConfig(attention=None)
+
+
+def test_a_file_for_a_folder_is_refused():
+    with pytest.raises(ValueError, match=r"model\.safetensors must be a folder with config\.json"):
+        load_pretrained(DATA / "llama-tied" / "model.safetensors")
 
 
 def test_a_dtype_that_is_refused():
