@@ -1,10 +1,12 @@
 """Evaluation: losses by position add up, and an answer counts only if it is whole."""
 
+import contextlib
 import dataclasses
 import io
 import json
 import math
 import shutil
+import signal
 
 import jax
 import numpy as np
@@ -14,7 +16,7 @@ from rich.console import Console
 from models.tokenizer import ByteTokenizer
 from tests.test_train_loop import run, settings, write_text
 from train.batches import load_batches
-from train.evaluate import Settings, accuracies, answered, evaluate, loss_by_position
+from train.evaluate import Settings, accuracies, answered, evaluate, loss_by_position, main
 from train.retrieval import Haystack, passkey
 from train.saved import load_run
 
@@ -154,6 +156,30 @@ def test_other_text_must_have_the_tokens_of_the_run(trained, tmp_path):
     (config.data / "new.txt").write_text("more text\n" * 60)
     with pytest.raises(ValueError, match=r"other tokens than the run: .*run/tokenizer\.json"):
         evaluate(small(config, data=config.data), Console(file=io.StringIO()))
+
+
+@pytest.mark.parametrize("when", ["first", "last"])
+def test_ctrl_c_ends_an_evaluation_as_it_ends_a_run(trained, tmp_path, monkeypatch, capsys, when):
+    """Even where the exception gets lost, as it does in a callback of the garbage collector."""
+    config, calls = copy(trained, tmp_path), []
+
+    def losses(tokens, ids):
+        calls.append(tokens)
+        if len(calls) == {"first": 1, "last": 2}[when]:
+            with contextlib.suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        return np.zeros(tokens[:, 1:].shape)
+
+    monkeypatch.setattr("train.evaluate.loss_function", lambda *_: losses)
+    line = "--lengths 20 --tasks loss --batch-size 1 --batches 2"
+    monkeypatch.setattr("sys.argv", ["evaluate", str(config.out), *line.split()])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 130
+    assert capsys.readouterr().out.splitlines()[-1] == "stopped"
+    assert len(calls) == {"first": 1, "last": 2}[when]
+    assert not list(config.out.glob("evaluation-*/evaluation.json"))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_only_the_same_evaluation_is_replaced(trained, tmp_path):

@@ -11,6 +11,7 @@ import functools
 import itertools
 import json
 import math
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,7 @@ from train.folder import write_text
 from train.retrieval import Example, Haystack, associative_recall, multi_needle, passkey
 from train.saved import SavedRun, load_run
 from train.step import target_mask
+from train.stop import StopSignal
 
 Task = Literal["loss", "passkey", "needles", "recall"]
 _RETRIEVAL: dict[Task, Callable[..., Example]] = {
@@ -96,6 +98,7 @@ def evaluate(settings: Settings, console: Console) -> dict[str, Any]:
 
     Raises:
         ValueError: there is no run, or its text has changed or is too short for a length.
+        KeyboardInterrupt: before the JSON is written.
     """
     saved = load_run(settings.run, console.print)
     if settings.data is not None:
@@ -115,25 +118,39 @@ def evaluate(settings: Settings, console: Console) -> dict[str, Any]:
     }
     out = _folder(saved, result)
     out.mkdir(exist_ok=True)
-    if "loss" in tasks:
-        losses = loss_function(saved.graphdef, saved.params)
-        result["loss"] = {
-            length: loss_by_position(losses, text, length) for length, text in data.items()
-        }
-        save_loss_by_position(out / "loss.png", result["loss"], saved.config.seq_len)
-    predict = predict_function(saved.graphdef, saved.params)
-    for task in tasks:
-        if task in _RETRIEVAL:
-            found = {
-                length: accuracies(predict, _RETRIEVAL[task], text, length, settings)
-                for length, text in data.items()
+    with StopSignal(signal.SIGINT) as stop:
+        if "loss" in tasks:
+            losses = _stopping(loss_function(saved.graphdef, saved.params), stop)
+            result["loss"] = {
+                length: loss_by_position(losses, text, length) for length, text in data.items()
             }
-            result[task] = found
-            save_heat_map(out / f"{task}.png", task, found, saved.config.seq_len)
+            save_loss_by_position(out / "loss.png", result["loss"], saved.config.seq_len)
+        predict = _stopping(predict_function(saved.graphdef, saved.params), stop)
+        for task in tasks:
+            if task in _RETRIEVAL:
+                found = {
+                    length: accuracies(predict, _RETRIEVAL[task], text, length, settings)
+                    for length, text in data.items()
+                }
+                result[task] = found
+                save_heat_map(out / f"{task}.png", task, found, saved.config.seq_len)
+    if stop.received:
+        raise KeyboardInterrupt
     write_text(out / _RESULT, json.dumps(result, indent=1) + "\n")
     _show(result, console)
     console.print(f"written to {out}", highlight=False, markup=False, soft_wrap=True)
     return result
+
+
+def _stopping(compute: Predict, stop: StopSignal) -> Predict:
+    """Ends between two calls: within one, JAX's callbacks may swallow a KeyboardInterrupt."""
+
+    def checked(tokens: Any, ids: Any) -> Any:
+        if stop.received:
+            raise KeyboardInterrupt
+        return compute(tokens, ids)
+
+    return checked
 
 
 def _name(saved: SavedRun) -> str:
@@ -323,6 +340,9 @@ def main() -> None:
     console = Console()
     try:
         evaluate(tyro.cli(Settings, prog="python -m train.evaluate"), console)
+    except KeyboardInterrupt:
+        console.print("stopped")
+        sys.exit(130)  # as python -m train
     except ValueError as error:
         errors = Console(stderr=True, soft_wrap=True)
         errors.print(f"error: {error}", style="red", highlight=False, markup=False)

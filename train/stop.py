@@ -13,20 +13,24 @@ class Stopped(Exception):
 
 
 class StopSignal:
-    """Notes SIGTERM, as a scheduler sends before it takes the machine; a context manager."""
+    """Notes SIGTERM, as a scheduler sends before it takes the machine, or another signal.
 
-    def __init__(self) -> None:
+    A context manager.
+    """
+
+    def __init__(self, number: int = signal.SIGTERM) -> None:
         self.received = False
+        self._number = number
         self._before: Any = None
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGTERM, self._note)
+            self._before = signal.signal(self._number, self._note)
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._before is not None:
-            signal.signal(signal.SIGTERM, self._before)
+            signal.signal(self._number, self._before)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = True
