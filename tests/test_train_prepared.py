@@ -6,6 +6,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from rich.console import Console
 
 from models import GeneratorConfig
 from models.generate import Options
@@ -14,6 +15,7 @@ from models.presets import PRESETS
 from models.saved import load_model
 from tests.test_train_loop import MODEL, assert_same, last_checkpoint, run, settings
 from train.__main__ import parse
+from train.evaluate import Settings, evaluate
 from train.prepare import PrepareConfig, prepare
 
 
@@ -47,6 +49,17 @@ def test_a_run_on_prepared_text(shards, tmp_path, changes):
     assert "step 7/7  validation" in output
     assert "bits/byte" in output
     assert (tmp_path / "run" / "sample.txt").read_text().startswith("import")
+
+
+def test_an_evaluation_shorter_than_the_alignment_names_its_lengths(shards, tmp_path):
+    config = config_of(shards, tmp_path / "run", steps=2, align=16)
+    run(config)
+    asked = Settings(config.out, lengths=(15, 24), tasks=("loss",), batch_size=2)
+    message = r"lengths=\(15, 24\) must be 16 or more, the align=16 of the run"
+    with pytest.raises(ValueError, match=message):
+        evaluate(asked, Console())
+    found = evaluate(dataclasses.replace(asked, lengths=(16,)), Console())
+    assert found["loss"][16]["tokens"] > 0
 
 
 def test_it_resumes_in_mid_epoch_as_if_it_had_not_stopped(shards, tmp_path):

@@ -105,6 +105,10 @@ def evaluate(settings: Settings, console: Console) -> dict[str, Any]:
         config = dataclasses.replace(saved.config, data=settings.data.resolve())
         saved = dataclasses.replace(saved, config=config)
     lengths = settings.lengths or (saved.config.seq_len, 4 * saved.config.seq_len)
+    if (align := saved.config.align) > min(lengths):
+        raise ValueError(
+            f"lengths={lengths!r} must be {align} or more, the align={align} of the run"
+        )
     data = {length: _text(saved, settings, length) for length in dict.fromkeys(lengths)}
     text = data[lengths[0]]
     _check_text(saved, settings, text, console)
