@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from s2_jax import Pattern
 
 Name = Literal[
-    "s2_jax", "jax_triton", "cudnn", "tokamax", "flash2", "torch_cudnn", "flex", "dkernel",
-    "reference",
+    "s2_jax", "triton", "jax_triton", "cudnn", "tokamax", "flash2", "torch_cudnn", "flex",
+    "dkernel", "reference",
 ]  # fmt: skip
 Mode = Literal["forward", "train"]
 MODES: tuple[Mode, ...] = ("forward", "train")
@@ -36,8 +36,9 @@ class Framework:
 _JAX, _TORCH = "benchmarks.jax_attention", "benchmarks.torch_attention"
 FRAMEWORKS: dict[Name, Framework] = {
     "s2_jax": Framework(("jax",), _JAX, True, "s2_jax.s2_attention"),
+    "triton": Framework(("jax",), _JAX, True, "s2_jax's kernels by Triton alone"),
     "jax_triton": Framework(
-        ("jax", "jax_triton", "triton"), _JAX, True, "the same kernels by the official Triton"
+        ("jax", "jax_triton", "triton"), _JAX, True, "the same by the official Triton"
     ),
     "cudnn": Framework(("jax",), _JAX, False, "jax.nn.dot_product_attention, cuDNN, dense"),
     "tokamax": Framework(("tokamax",), _JAX, False, "tokamax, Mosaic GPU, dense"),

@@ -29,7 +29,7 @@ _THREADS = 8
 
 
 def _attention(name: Name, case: Case) -> Attention:
-    if name in ("s2_jax", "jax_triton", "reference"):
+    if name in ("s2_jax", "triton", "jax_triton", "reference"):
         pattern, implementation = case.pattern, None if name == "s2_jax" else name
         return lambda query, key, value, **masks: s2_jax.s2_attention(
             query, key, value, pattern, implementation=implementation, **masks
@@ -48,14 +48,18 @@ def _attention(name: Name, case: Case) -> Attention:
     )
 
 
-def _layout_seconds(case: Case) -> float:
+def _layout_seconds(name: Name, case: Case) -> float:
     """Builds the block lists of all kernels, which tracing then finds."""
     block_lists.cache_clear()
+    mosaic = (
+        name == "s2_jax" and case.documents == 1 and not case.padded and case.block_size >= 64
+        and lowering.compute_capability() == 90 and jax.__version_info__ >= (0, 11)
+    )  # fmt: skip
     start = time.perf_counter()
     tiles = pick_tiles(
         head_dim=case.head_dim, itemsize=2, q_len=case.length, block_size=case.block_size,
         group=case.heads // case.kv_heads,
-        compute_capability=lowering.compute_capability() or 90,
+        compute_capability=lowering.compute_capability() or 90, mosaic=mosaic,
     )  # fmt: skip
     numbers = (case.heads, case.kv_heads, 0, case.length, case.length)
     layouts = PatternLayouts(case.pattern, *numbers, tiles)
@@ -172,8 +176,8 @@ class Session:
     def _begin(self, case: Case) -> None:
         """Traces and lowers here; compiles in other threads."""
         attention, facts = _attention(self._name, case), {}
-        if self._name in ("s2_jax", "jax_triton"):
-            facts["layout_s"] = _layout_seconds(case)
+        if self._name in ("s2_jax", "triton", "jax_triton"):
+            facts["layout_s"] = _layout_seconds(self._name, case)
             self.phases.add("layout", facts["layout_s"])
         self._facts[case], self._programs[case] = facts, {}
         for mode in MODES:

@@ -11,7 +11,7 @@ from benchmarks.cases import FRAMEWORKS, Case, Name
 SuiteName = Literal[
     "main", "batch", "paper", "gqa", "head_dim_64", "small_blocks", "packed", "million"
 ]
-_OWN: tuple[Name, ...] = ("s2_jax", "jax_triton")
+_OWN: tuple[Name, ...] = ("s2_jax", "triton", "jax_triton")
 _ALL: tuple[Name, ...] = (*_OWN, "cudnn", "tokamax", "flash2", "torch_cudnn", "flex", "dkernel")
 _NO_FLEX = tuple(name for name in _ALL if name != "flex")
 _TOKENS = 131072
@@ -62,7 +62,7 @@ SUITES: dict[SuiteName, Suite] = {
         lambda n: _with(Case(n, batch=max(1, 32768 // n)), (8, 16)),
     ),
     "paper": Suite(
-        ("s2_jax", "jax_triton", "flash2", "dkernel"),
+        (*_OWN, "flash2", "dkernel"),
         (_TOKENS,),
         lambda n: [
             *_with(Case(n), (8, 16), (8, 32)),

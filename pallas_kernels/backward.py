@@ -162,6 +162,10 @@ def dq(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Arr
         query that saw nothing it is +inf, so that its weights are zeros.
       delta: float32 `[batch, heads, q_len]`, the sum of `grad_out * out` less the LSE's gradient.
     """
+    if settings.tiles.dq.lowering == "mosaic":
+        from pallas_kernels import hopper_dq  # slow to import, and not in every JAX
+
+        return hopper_dq.dq(settings, arrays, list_arrays)
     inputs = [arrays[name] for name in _INPUTS]
     query, value = arrays["query"], arrays["value"]
     batch, q_len, num_heads, head_dim = query.shape

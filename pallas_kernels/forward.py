@@ -94,6 +94,10 @@ def forward(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[ja
     arrays: query, key, value, pattern_of_head and those of `Tokens`, by name. list_arrays: of
     the layout, whose static side the settings hold.
     """
+    if settings.tiles.forward.lowering == "mosaic":
+        from pallas_kernels import hopper_forward  # slow to import, and not in every JAX
+
+        return hopper_forward.forward(settings, arrays, list_arrays)
     query, key, value = (arrays[name] for name in ("query", "key", "value"))
     batch, q_len, num_heads, head_dim = query.shape
     kv_len, kv_heads, value_dim = value.shape[1:]

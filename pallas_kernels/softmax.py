@@ -22,7 +22,7 @@ LOG2_E = math.log2(math.e)
 LOWEST = -1e30
 # Sums of weights relative to a pinned peak lie between these. Where the peak is that of scores
 # seen, the sum is at least about 1.
-LEAST_TOTAL, _GREATEST_TOTAL = 0.5, 2.0**100
+LEAST_TOTAL, GREATEST_TOTAL = 0.5, 2.0**100
 # A subnormal float16 weight is off by up to 2**-25, which the sum of all must hide.
 LEAST_FLOAT16_WEIGHT = 2.0**-14
 _LANES = 4
@@ -87,7 +87,7 @@ class Softmax(NamedTuple):
 
         least: the smallest sum of weights that is exact enough.
         """
-        fits = (self.total >= least) & (self.total <= _GREATEST_TOTAL)
+        fits = (self.total >= least) & (self.total <= GREATEST_TOTAL)
         finite = jnp.min(jnp.where(jnp.abs(self.out) < jnp.inf, 1, 0), axis=1) > 0
         good = fits & finite
         if counts is not None:
@@ -98,7 +98,7 @@ class Softmax(NamedTuple):
         """Output, and LSE in log2: zeros and -inf in rows that saw nothing."""
         seen = self.total != 0  # a NaN was seen too
         total = jnp.where(seen, self.total, 1.0)
-        lse = self.peak * exp2.scale + jnp.where(total == total, _log2(total), jnp.nan)
+        lse = self.peak * exp2.scale + jnp.where(total == total, log2(total), jnp.nan)
         return self.out / total[:, None], jnp.where(seen, lse, -jnp.inf)
 
 
@@ -132,7 +132,7 @@ class Pinned(NamedTuple):
         return Softmax(self.out, self.peak, self.total + jnp.sum(self.parts, axis=1))
 
 
-def _log2(x: jax.Array) -> jax.Array:
+def log2(x: jax.Array) -> jax.Array:
     """log2 of positive float32 numbers, to a rounding: that of a GPU errs by 2**-22 of its result,
     which the backward pass would find in all weights of a row.
     """

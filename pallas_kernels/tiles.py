@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 TILE_SIZES = (16, 32, 64, 128)
+MOSAIC_ROWS = 128  # queries of a program that Mosaic lowers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,7 +15,8 @@ class Tile:
 
     num_warps: warps of 32 threads a program. num_stages: depth of the software pipeline. unroll:
     tiles of the walked axis that one turn of the loop takes, so that the exponentials of one can
-    hide behind the products of the next.
+    hide behind the products of the next. lowering: by which of Pallas' backends; "mosaic" is for
+    Hopper's forward and dq, with 128 queries and 8 warps that compute.
     """
 
     block_q: int
@@ -21,6 +24,7 @@ class Tile:
     num_warps: int = 4
     num_stages: int = 2
     unroll: int = 1
+    lowering: Literal["triton", "mosaic"] = "triton"
 
     def __post_init__(self) -> None:
         for name in ("block_q", "block_kv", "num_warps", "num_stages", "unroll"):
@@ -37,6 +41,14 @@ class Tile:
             raise ValueError(f"num_stages={self.num_stages!r} must lie in 1..8")
         if not 1 <= self.unroll <= 4:
             raise ValueError(f"unroll={self.unroll!r} must lie in 1..4")
+        if self.lowering not in ("triton", "mosaic"):
+            raise ValueError(f"lowering={self.lowering!r} must be 'triton' or 'mosaic'")
+        shape = self.block_q, min(self.block_kv, 64), self.num_warps, self.unroll
+        if self.lowering == "mosaic" and (shape != (MOSAIC_ROWS, 64, 8, 1) or self.num_stages < 2):
+            raise ValueError(
+                f"a tile of lowering='mosaic' has block_q={MOSAIC_ROWS}, block_kv=64 or 128, num_warps=8, "
+                f"unroll=1 and two stages or more, got {self}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +67,13 @@ class TileConfig:
             raise ValueError(
                 f"unroll={self.dkv.unroll!r} of dkv must be 1: its loop is not unrolled"
             )
+        if self.dkv.lowering != "triton":
+            raise ValueError("lowering of dkv must be 'triton': Mosaic has no such kernel yet")
+
+    @property
+    def mosaic(self) -> bool:
+        """Whether any kernel is lowered by Mosaic."""
+        return "mosaic" in (self.forward.lowering, self.dq.lowering)
 
 
 def pick_tiles(
@@ -67,6 +86,7 @@ def pick_tiles(
     gathers: bool = True,
     cut_short: bool = False,
     compute_capability: int = 90,
+    mosaic: bool = False,
 ) -> TileConfig:
     """The tiles for a call.
 
@@ -81,6 +101,7 @@ def pick_tiles(
         see. Otherwise it is no larger than a block: it would walk, masked, the queries of all its
         columns for each of them.
       compute_capability: 80, 86, 89, 90, 100, ...
+      mosaic: forward and dq are lowered by Mosaic, which the call has to allow (hopper.py).
     """
     pick = {90: _hopper, 100: _blackwell, 103: _blackwell}.get(compute_capability, _ampere)
     tiles = pick(head_dim, itemsize, min(q_len, 4096) if cut_short else q_len)
@@ -92,6 +113,12 @@ def pick_tiles(
         large = Tile(64, 128, 8, 3) if q_len > 65536 else tiles.dkv
         dkv = large if gathers else Tile(32, 64, 4, 3)
         tiles = dataclasses.replace(tiles, dkv=dkv)
+    if mosaic:
+        tiles = dataclasses.replace(
+            tiles,
+            forward=Tile(128, 128, 8, 2, lowering="mosaic"),
+            dq=Tile(128, 64, 8, 3, lowering="mosaic"),
+        )
     if gathers:
         return tiles
     dkv = dataclasses.replace(tiles.dkv, block_kv=min(tiles.dkv.block_kv, block_size))

@@ -16,7 +16,7 @@ from pallas_kernels import lowering
 from pallas_kernels.attention import Portable, block_sparse_attention
 from pallas_kernels.call import Settings
 from pallas_kernels.explicit import explicit_axes, explicit_spec, is_split
-from pallas_kernels.tiles import TileConfig, pick_tiles
+from pallas_kernels.tiles import MOSAIC_ROWS, TileConfig, pick_tiles
 from pallas_kernels.tokens import Tokens
 from s2_jax.checks import Call, check_call, check_implementation
 from s2_jax.cudnn import check_cudnn, cudnn_attention
@@ -26,6 +26,7 @@ from s2_jax.patterns import Pattern
 from s2_jax.reference import reference_attention
 from s2_jax.structure import Heads, boolean
 
+_LEAST_ROWS_FOR_MOSAIC = 1024
 _MAX_HEAD_DIM = 256
 
 
@@ -71,8 +72,10 @@ def s2_attention(
         computes what its heads compute in the whole. Query and key/value heads must both be split.
       return_lse: also return the natural-log log-sum-exp of each query's scores.
       implementation: None takes the kernels where the call is lowered for an NVIDIA GPU and the
-        reference elsewhere; "triton" the kernels; "jax_triton" the same kernels compiled by the
-        official Triton instead of XLA's (`pip install s2-jax[triton]`); "interpret" the same in
+        reference elsewhere; "triton" the kernels that Triton lowers; "mosaic" with forward and dq
+        for Hopper (H100, H200) lowered by Mosaic GPU, which None also takes where it can;
+        "jax_triton" those of Triton compiled by the official one instead of XLA's
+        (`pip install s2-jax[triton]`); "interpret" the same in
         Pallas' interpreter, on any machine; "reference" plain jnp; "cudnn" cuDNN's attention, for
         `s2_jax.dense` alone, in bfloat16 or float16.
       tiles: tile sizes for the kernels, instead of the heuristic's.
@@ -187,6 +190,11 @@ def _kernels(
 ) -> tuple[Array, Array]:
     q_len, kv_len = call.query.shape[1], call.key.shape[1]
     if tiles is None:
+        mosaic = implementation == "mosaic" or (
+            implementation is None
+            and q_len >= _LEAST_ROWS_FOR_MOSAIC
+            and _missing_for_mosaic(call) is None
+        )
         tiles = pick_tiles(
             head_dim=max(call.query.shape[-1], call.value.shape[-1]),
             itemsize=call.query.dtype.itemsize,
@@ -196,7 +204,12 @@ def _kernels(
             cut_short=call.segment_ids is not None,
             gathers=gathers_keys(call.pattern, call.num_heads, call.num_kv_heads),
             compute_capability=lowering.compute_capability() or 90,
+            mosaic=mosaic,
         )
+    elif tiles.mosaic:
+        if implementation not in (None, "mosaic"):
+            raise ValueError(f"{implementation=} has no tiles of lowering='mosaic', got {tiles}")
+        _check_mosaic(call)
     offset = call.query_offset if isinstance(call.query_offset, int) else None
     layouts = PatternLayouts(
         call.pattern, call.num_heads, call.num_kv_heads, offset or 0, call.q_limit, kv_len, tiles,
@@ -243,7 +256,7 @@ def choose(call: Call, implementation: str | None) -> str:
                 f"{(capability or 0) / 10}; the reference runs instead", stacklevel=3,
             )  # fmt: skip
             return "reference"
-    if implementation in ("triton", "jax_triton", "cudnn") and (not on_gpu or too_old):
+    if implementation in ("triton", "mosaic", "jax_triton", "cudnn") and (not on_gpu or too_old):
         raise ValueError(
             f'implementation="{implementation}" needs an NVIDIA GPU (Ampere or newer), but '
             f"this call is traced for {lowering.target_platform()!r}; "
@@ -251,6 +264,8 @@ def choose(call: Call, implementation: str | None) -> str:
         )
     if implementation == "cudnn":
         return "cudnn"
+    if implementation == "mosaic":
+        _check_mosaic(call)
     if implementation == "jax_triton" and (packages := lowering.missing_packages()):
         raise ValueError(
             f'implementation="jax_triton" needs {" and ".join(packages)}: '
@@ -261,6 +276,44 @@ def choose(call: Call, implementation: str | None) -> str:
             f'the kernels do not support {missing}; implementation="reference" does'
         )
     return "kernels"
+
+
+def _check_mosaic(call: Call) -> None:
+    if missing := _missing_for_mosaic(call):
+        raise NotImplementedError(
+            f'the kernels of implementation="mosaic" {missing}; None takes them where they can'
+        )
+
+
+def _missing_for_mosaic(call: Call) -> str | None:
+    """What keeps Mosaic's kernels from a call, if anything does."""
+    dims = (call.query.shape[-1], call.value.shape[-1])
+    offset, tile = call.query_offset, MOSAIC_ROWS
+    masks = ("segment_ids", "query_seq_lengths", "key_value_seq_lengths", "logits_soft_cap")
+    reasons = {
+        f"are for compute capability 9.0, got {(lowering.compute_capability() or 0) / 10}": (
+            lowering.compute_capability() != 90
+        ),
+        f"need JAX 0.11 or newer, got {jax.__version__}": jax.__version_info__ < (0, 11),
+        f"take bfloat16 and float16, got {call.query.dtype}": (
+            call.query.dtype not in (jnp.bfloat16, jnp.float16)
+        ),
+        f"take head dims of 64 or 128, for keys and values alike, got {dims}": (
+            dims not in ((64, 64), (128, 128))
+        ),
+        f"take blocks of multiples of 64 tokens, got {call.pattern.block_size}": (
+            call.pattern.block_size % 64 != 0
+        ),
+        f"take a query_offset known before, a multiple of {tile}": (
+            not isinstance(offset, int) or offset % tile != 0
+        ),
+    }
+    lengths = (call.query.shape[1], call.key.shape[1])
+    reasons[f"take lengths of multiples of 8, got {lengths}"] = any(n % 8 for n in lengths)
+    varying = lowering.varying((call.query, call.key, call.value))
+    reasons["do not run inside shard_map with check_vma=True"] = bool(varying)
+    reasons |= {f"take no {name}": getattr(call, name) is not None for name in masks}
+    return next((reason for reason, applies in reasons.items() if applies), None)
 
 
 def _missing_in_kernels(call: Call) -> str | None:

@@ -78,6 +78,10 @@ def cached_attention(
     Source: S2-Attention, arXiv 2407.17678, section 3.3 (KV-efficient patterns).
     """
     check_implementation(implementation, None)
+    if implementation == "mosaic":
+        raise ValueError(
+            'implementation="mosaic" is for s2_attention; None takes its kernels for whole prompts'
+        )
     if not isinstance(cache, ContiguousCache | EvictingCache):
         raise TypeError(
             f"cache must be a ContiguousCache or an EvictingCache, got {type(cache).__name__}"

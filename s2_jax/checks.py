@@ -14,7 +14,7 @@ from pallas_kernels.explicit import check_split
 from pallas_kernels.tiles import TileConfig
 from s2_jax.patterns import Pattern
 
-IMPLEMENTATIONS = (None, "triton", "jax_triton", "interpret", "reference", "cudnn")
+IMPLEMENTATIONS = (None, "triton", "mosaic", "jax_triton", "interpret", "reference", "cudnn")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ KERNEL_DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 LAUNCHERS: dict[str | None, lowering.Launcher] = {
     None: "pallas",
     "triton": "pallas",
+    "mosaic": "pallas",
     "jax_triton": "jax_triton",
     "interpret": "interpret",
 }

@@ -14,7 +14,7 @@ import s2_jax
 from s2_jax import Pattern, Tile, TileConfig
 
 RESULTS = ("out", "lse", "dq", "dk", "dv")
-KERNELS = ("triton", "jax_triton", "interpret")
+KERNELS = ("triton", "mosaic", "jax_triton", "interpret")
 
 
 def small_tiles(block_q: int = 32, block_kv: int = 32) -> TileConfig:

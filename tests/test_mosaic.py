@@ -1,0 +1,248 @@
+"""The kernels that Mosaic lowers for Hopper. `-m gpu` runs them; elsewhere they are lowered."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from jax.sharding import PartitionSpec as P
+
+import s2_jax
+from s2_jax import Tile, TileConfig
+from tests.calls import AttentionCall, check
+from tests.test_lowering import A100, H100
+
+S2 = s2_jax.local_stride(2, 3)
+S2_128 = s2_jax.local_stride(2, 3, block_size=128)
+needs_mosaic = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="its kernels want a newer JAX"
+)
+MOSAIC = Tile(128, 128, 8, 2, lowering="mosaic")
+PLAIN = Tile(64, 64, 4, 2)
+
+BASE = AttentionCall(
+    S2, q_len=1000, kv_len=1000, heads=4, kv_heads=2, head_dim=64, dtype="bfloat16", tiles=None
+)
+CALLS = {
+    "groups": BASE,
+    "float16": dataclasses.replace(BASE, dtype="float16", kv_heads=4),
+    "head-dim-128": dataclasses.replace(BASE, head_dim=128, batch=2, heads=3, kv_heads=1),
+    "blocks-of-128": dataclasses.replace(BASE, pattern=S2_128, head_dim=128),
+    "few-tokens": dataclasses.replace(BASE, q_len=8, kv_len=8),
+    "few-queries": dataclasses.replace(BASE, q_len=8, kv_len=696, query_offset=640),
+    "short": dataclasses.replace(BASE, q_len=56, kv_len=72, batch=3),
+    "offset": dataclasses.replace(BASE, q_len=328, kv_len=1032, query_offset=640),
+    "more-keys": dataclasses.replace(BASE, q_len=264, kv_len=904),
+    "more-queries": dataclasses.replace(BASE, q_len=904, kv_len=264),
+    "dense": dataclasses.replace(BASE, pattern=s2_jax.dense(), q_len=776, kv_len=776),
+    "not-causal": dataclasses.replace(
+        BASE, pattern=s2_jax.local_stride(2, 3, causal=False), q_len=456, kv_len=832
+    ),
+    "nothing-seen": dataclasses.replace(
+        BASE, pattern=s2_jax.local_stride(1, 8) & s2_jax.token_window(100), q_len=640, kv_len=640
+    ),
+    "window-joins": dataclasses.replace(BASE, window=150),
+    "window-cuts": dataclasses.replace(BASE, window=300, window_joins="&"),
+    "window-alone": dataclasses.replace(
+        BASE, pattern=s2_jax.dense(), window=300, window_joins="&", head_dim=128
+    ),
+    "negative-scale": dataclasses.replace(BASE, scale=-0.3),
+    "no-scale": dataclasses.replace(BASE, scale=0.0, q_len=296, kv_len=296),
+    "many-blocks": dataclasses.replace(
+        BASE, pattern=s2_jax.local_stride(3, 5), q_len=3000, kv_len=3000, heads=5, kv_heads=1
+    ),
+    # As in test_pinned_peak.py: weights leave what the pinned peak is good for.
+    "beyond-the-peak": dataclasses.replace(BASE, scale=12.0, q_len=1112, kv_len=1112),
+    "beyond-the-peak-float16": dataclasses.replace(
+        BASE, scale=12.0, dtype="float16", q_len=904, kv_len=904
+    ),
+    "below-the-peak": dataclasses.replace(
+        BASE, pattern=s2_jax.dense(), scale=-12.0, q_len=200, kv_len=840, query_offset=640
+    ),
+}
+
+
+@pytest.mark.gpu
+@needs_mosaic
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_agrees_with_the_oracle(call):
+    check(call, "mosaic")
+
+
+@pytest.mark.gpu
+@needs_mosaic
+@pytest.mark.parametrize("block_kv", [64, 128])
+def test_other_tiles_agree_with_the_oracle(block_kv):
+    tile = Tile(128, block_kv, 8, 3 if block_kv == 64 else 2, lowering="mosaic")
+    tiles = TileConfig(tile, tile, PLAIN)
+    call = dataclasses.replace(BASE, head_dim=128, tiles=tiles)
+    check(call, "mosaic")
+
+
+@pytest.mark.gpu
+@needs_mosaic
+def test_many_small_float16_weights_add_up():
+    query = jnp.full((1, 128, 1, 64), -0.0831 * 11 / 4, jnp.float16)
+    key = jnp.full((1, 32768, 1, 64), 0.75, jnp.float16)
+    pattern = s2_jax.dense(block_size=128, causal=False)
+    out = s2_jax.s2_attention(
+        query, key, jnp.ones_like(key), pattern, scale=1.0, implementation="mosaic"
+    )
+    np.testing.assert_array_equal(np.asarray(out), 1.0)
+
+
+@pytest.mark.gpu
+@needs_mosaic
+@pytest.mark.parametrize("bad", [jnp.nan, jnp.inf])
+def test_what_is_not_finite_stays_in_its_rows(bad):
+    keys = jax.random.split(jax.random.key(0), 3)
+    query, key, value = (jax.random.normal(k, (1, 1024, 2, 64), jnp.bfloat16) for k in keys)
+    attend = jax.jit(lambda q, i: s2_jax.s2_attention(q, key, value, S2, implementation=i), static_argnums=1)  # fmt: skip
+    spoilt = query.at[0, 700, 1, 3].set(bad)
+    good, found = (np.asarray(attend(q, "mosaic"), np.float32) for q in (query, spoilt))
+    assert np.isnan(found[0, 700, 1]).all()
+    rest = np.ones(found.shape[:3], bool)
+    rest[0, 700, 1] = False
+    # Its tile takes its peaks anew, so that the others' last bits may differ.
+    np.testing.assert_allclose(found[rest], good[rest], rtol=0, atol=0.02)
+
+
+@pytest.mark.gpu
+@needs_mosaic
+def test_the_same_call_gives_the_same_bits():
+    call = dataclasses.replace(BASE, head_dim=128, heads=8, kv_heads=8, q_len=2048, kv_len=2048)
+    first, second = (call.run("mosaic") for _ in range(2))
+    for name, array in first.items():
+        np.testing.assert_array_equal(array, second[name], err_msg=name)
+
+
+def lowered(attend, shapes, dtype="bfloat16", device=H100, mesh=None):
+    arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+
+    def loss(*arrays):
+        return attend(*arrays).astype(jnp.float32).sum()
+
+    with use_abstract_mesh(mesh or AbstractMesh((1,), ("x",), abstract_device=device)):
+        run = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+        return run.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def kernels_of(text):
+    return text.count("mosaic_gpu_v2"), text.count("__gpu$xla.gpu.triton")
+
+
+def attention(implementation=None, pattern=S2, **options):
+    return lambda q, k, v: s2_jax.s2_attention(
+        q, k, v, pattern, implementation=implementation, **options
+    )
+
+
+SHAPES = [(2, 1032, 4, 128), (2, 1032, 2, 128), (2, 1032, 2, 128)]
+
+
+@needs_mosaic
+@pytest.mark.parametrize("implementation", [None, "mosaic"])
+@pytest.mark.parametrize("name", ["groups", "head-dim-128", "blocks-of-128", "window-joins"])
+def test_forward_and_dq_are_lowered(name, implementation):
+    call = CALLS[name]
+    shapes = [(1, 1112, n, call.head_dim) for n in (4, 2, 2)]
+    text = lowered(attention(implementation, call.whole_pattern), shapes)
+    assert kernels_of(text) == (2, 1)
+
+
+@needs_mosaic
+def test_triton_lowers_what_it_is_asked_for():
+    assert kernels_of(lowered(attention("triton"), SHAPES)) == (0, 3)
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+    ("changes", "device"),
+    [
+        ({"logits_soft_cap": 20.0}, H100),
+        ({"segment_ids": jnp.zeros((2, 1032), jnp.int32)}, H100),
+        ({"query_offset": 64}, H100),
+        ({"query_seq_lengths": jnp.ones((2,), jnp.int32)}, H100),
+        ({"pattern": s2_jax.local_stride(2, 3, block_size=32)}, H100),
+        ({}, A100),
+        ({}, AbstractDevice(device_kind="NVIDIA B200", num_cores=148, platform="cuda")),
+    ],
+    ids=str,
+)
+def test_none_takes_triton_where_mosaic_cannot(changes, device):
+    assert kernels_of(lowered(attention(**changes), SHAPES, device=device)) == (0, 3)
+
+
+@needs_mosaic
+def test_none_takes_triton_for_short_rows():
+    shapes = [(8, 504, 4, 128)] * 3
+    assert kernels_of(lowered(attention(), shapes)) == (0, 3)
+    assert kernels_of(lowered(attention("mosaic"), shapes)) == (2, 1)
+
+
+@needs_mosaic
+def test_mapped_by_vmap():
+    shapes = [(3, *shape) for shape in SHAPES]
+    assert kernels_of(lowered(jax.vmap(attention("mosaic")), shapes)) == (2, 1)
+
+
+@needs_mosaic
+@pytest.mark.parametrize(("check_vma", "kernels"), [(True, (0, 3)), (False, (2, 1))])
+def test_inside_shard_map(check_vma, kernels):
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    mesh = AbstractMesh((2, 2), ("data", "tensor"), axis_types=auto, abstract_device=H100)
+    split = P("data", None, "tensor")
+    attend = jax.shard_map(
+        attention(head_axis="tensor"), mesh=mesh, in_specs=split, out_specs=split,
+        check_vma=check_vma,
+    )  # fmt: skip
+    text = lowered(attend, SHAPES, mesh=mesh)
+    assert kernels_of(text) == kernels
+
+
+def refused(match, error=NotImplementedError, device=H100, shapes=SHAPES, dtype="bfloat16", **options):
+    with pytest.raises(error, match=match):
+        lowered(attention("mosaic", **options), shapes, dtype, device)
+
+
+@needs_mosaic
+def test_what_it_cannot_do_is_refused():
+    refused("compute capability 9.0, got 8.0", device=A100)
+    refused("bfloat16 and float16, got float32", dtype="float32")
+    refused(r"head dims of 64 or 128, .* got \(80, 80\)", shapes=[(1, 256, 2, 80)] * 3)
+    refused("multiples of 64 tokens, got 16", pattern=s2_jax.local_stride(2, 3, block_size=16))
+    refused("query_offset known before, a multiple of 128", query_offset=64)
+    refused(r"multiples of 8, got \(1032, 1031\)", shapes=[SHAPES[0], *[(2, 1031, 2, 128)] * 2])
+    refused("no logits_soft_cap", logits_soft_cap=5.0)
+    refused("no segment_ids", segment_ids=jnp.zeros((2, 1032), jnp.int32))
+    refused("no key_value_seq_lengths", key_value_seq_lengths=jnp.ones((2,), jnp.int32))
+
+
+def test_without_a_gpu_it_is_refused():
+    arrays = [jnp.zeros((1, 64, 1, 64), jnp.bfloat16)] * 3
+    with pytest.raises(ValueError, match='"mosaic" needs an NVIDIA GPU'):
+        attention("mosaic")(*arrays)
+
+
+@pytest.mark.parametrize("implementation", ["triton", "interpret"])
+def test_its_tiles_are_for_it_alone(implementation):
+    tiles = TileConfig(MOSAIC, MOSAIC, PLAIN)
+    with pytest.raises(ValueError, match="has no tiles of lowering='mosaic'"):
+        lowered(attention(implementation, tiles=tiles), SHAPES)
+
+
+@pytest.mark.parametrize(
+    "fields", [(64, 128, 8, 2), (128, 32, 8, 2), (128, 128, 4, 2), (128, 128, 8, 1), (128, 128, 8, 2, 2)]
+)  # fmt: skip
+def test_tiles_it_has_not(fields):
+    with pytest.raises(ValueError, match="a tile of lowering='mosaic' has block_q=128"):
+        Tile(*fields, lowering="mosaic")
+
+
+def test_tiles_of_no_known_lowering():
+    with pytest.raises(ValueError, match="lowering='cuda' must be 'triton' or 'mosaic'"):
+        Tile(128, 128, lowering="cuda")
+    with pytest.raises(ValueError, match="lowering of dkv must be 'triton'"):
+        TileConfig(MOSAIC, MOSAIC, MOSAIC)
