@@ -53,7 +53,7 @@ def _layout_seconds(name: Name, case: Case) -> float:
     block_lists.cache_clear()
     mosaic = (
         name == "s2_jax" and case.documents == 1 and not case.padded and case.block_size >= 64
-        and lowering.compute_capability() == 90 and jax.__version_info__ >= (0, 11)
+        and lowering.has_mosaic()
     )  # fmt: skip
     start = time.perf_counter()
     tiles = pick_tiles(

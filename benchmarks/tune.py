@@ -32,18 +32,23 @@ from pallas_kernels.tiles import Tile, TileConfig, pick_tiles
 from s2_jax.layout import PatternLayouts, number_patterns
 
 # block_q, block_kv, num_warps, num_stages, unroll
-FORWARD = [
+_FORWARD = [
     (64, 32, 4, 3, 1), (64, 64, 4, 2, 1), (64, 64, 4, 3, 1), (128, 32, 4, 3, 1),
     (128, 64, 4, 2, 1), (128, 64, 4, 3, 1), (128, 64, 8, 3, 1), (128, 64, 8, 3, 2),
 ]  # fmt: skip
-DQ = [
+_DQ = [
     (64, 32, 4, 2, 1), (64, 32, 4, 3, 1), (64, 64, 4, 2, 1), (128, 64, 8, 2, 2), (128, 64, 8, 3, 1),
 ]  # fmt: skip
-DKV = [
+_DKV = [
     (32, 64, 4, 2, 1), (32, 64, 4, 3, 1), (64, 64, 4, 2, 1), (64, 128, 8, 3, 1), (64, 128, 8, 4, 1),
     (128, 64, 4, 2, 1), (128, 128, 8, 2, 1),
 ]  # fmt: skip
-CANDIDATES = {"forward": FORWARD, "dq": DQ, "dkv": DKV}
+_MOSAIC = [
+    Tile(128, keys, 8, stages, lowering="mosaic")
+    for keys, stages in ((64, 2), (64, 3), (64, 4), (128, 2))
+]
+_LISTS = {"forward": _FORWARD, "dq": _DQ, "dkv": _DKV}
+CANDIDATES = {kernel: [Tile(*sizes) for sizes in tiles] for kernel, tiles in _LISTS.items()}
 MATMULS = {"forward": 2, "dq": 3, "dkv": 4}
 _FUNCTIONS = {"forward": forward.forward, "dq": backward.dq, "dkv": backward.dkv}
 _GROUP_SECONDS = 0.03
@@ -104,7 +109,8 @@ def program(
     kernel: str, tile: Tile, launcher: Any, options: Options, length: int
 ) -> tuple[Any, dict[str, jax.Array]]:
     """The kernel's function, jitted, and its lists."""
-    tiles = TileConfig(tile, tile, dataclasses.replace(tile, unroll=1))
+    any_dkv = CANDIDATES["dkv"][0] if tile.lowering == "mosaic" else tile
+    tiles = TileConfig(tile, tile, dataclasses.replace(any_dkv, unroll=1))
     settings = Settings(
         layouts=PatternLayouts(
             options.pattern, options.heads, options.kv_heads, 0, length, length, tiles
@@ -138,9 +144,9 @@ def time_tiles(options: Options, length: int) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     programs = []
     for kernel, launcher in itertools.product(options.kernels, options.launchers):
-        for tile in dict.fromkeys([default(options, length, kernel), *CANDIDATES[kernel]]):
+        for tile in candidates(options, length, kernel, launcher):
             rows.append({"length": length, "kernel": kernel, "launcher": launcher, "tile": tile})
-            programs.append(program(kernel, Tile(*tile), launcher, options, length))
+            programs.append(program(kernel, tile, launcher, options, length))
     with concurrent.futures.ThreadPoolExecutor() as pool:
         compiled = list(pool.map(functools.partial(_compile, arrays), programs))
     runs = {}
@@ -175,7 +181,19 @@ def _compile(
         return error
 
 
-def default(options: Options, length: int, kernel: str) -> tuple[int, ...]:
+def takes_mosaic(options: Options) -> bool:
+    """Whether Mosaic's kernels do, on this GPU."""
+    plain = options.head_dim in (64, 128) and options.block_size >= 64 and not options.documents
+    return plain and lowering.has_mosaic()
+
+
+def candidates(options: Options, length: int, kernel: str, launcher: str) -> list[Tile]:
+    mosaic = kernel != "dkv" and launcher == "pallas" and takes_mosaic(options)
+    usual = default(options, length, kernel, mosaic)
+    return list(dict.fromkeys([usual, *CANDIDATES[kernel], *_MOSAIC * mosaic]))
+
+
+def default(options: Options, length: int, kernel: str, mosaic: bool = False) -> Tile:
     tiles = pick_tiles(
         head_dim=options.head_dim,
         itemsize=2,
@@ -183,15 +201,18 @@ def default(options: Options, length: int, kernel: str) -> tuple[int, ...]:
         block_size=options.block_size,
         group=options.heads // options.kv_heads,
         compute_capability=lowering.compute_capability() or 90,
+        mosaic=mosaic,
     )
-    return dataclasses.astuple(getattr(tiles, kernel))
+    found: Tile = getattr(tiles, kernel)
+    return found
 
 
 def report_rows(options: Options, length: int, rows: list[dict[str, Any]]) -> None:
     """A table, fastest first, and the configuration to take."""
     for row in sorted(rows, key=lambda row: (row["kernel"], row["launcher"], row.get("ms", 1e9))):
         figures = row.get("error") or f"{row['ms']:9.3f} ms {row['tflops']:7.1f} TFLOP/s"
-        name = f"{length:8d} {row['kernel']:8s} {row['launcher']:10s} {row['tile']!s:20s}"
+        sizes = f"{dataclasses.astuple(row['tile'])!s:34s}"
+        name = f"{length:8d} {row['kernel']:8s} {row['launcher']:10s} {sizes}"
         print(f"{name} {figures}")
     for launcher in options.launchers:
         best, gains = {}, []
@@ -202,11 +223,15 @@ def report_rows(options: Options, length: int, rows: list[dict[str, Any]]) -> No
             }  # fmt: skip
             if timed:
                 tile = min(timed, key=lambda tile: timed[tile])
-                best[kernel] = f"{kernel}={Tile(*tile)}"
-                usual = timed.get(default(options, length, kernel))
+                best[kernel] = f"{kernel}={tile}"
+                usual = timed.get(candidates(options, length, kernel, launcher)[0])
                 gains.append(f"{kernel} {usual / timed[tile]:.2f}x" if usual else kernel)
         print(f"{length} tokens, {launcher}: TileConfig({', '.join(best.values())})")
         print(f"  faster than the default: {', '.join(gains)}", flush=True)
+
+
+def _plain(value: Any) -> Any:
+    return dataclasses.astuple(value) if isinstance(value, Tile) else str(value)
 
 
 def main(options: Options) -> None:
@@ -219,7 +244,7 @@ def main(options: Options) -> None:
         facts = {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
         facts |= {"commit": report.commit()}
         facts |= {"options": dataclasses.asdict(options) | {"out": None}}
-        text = json.dumps(facts | {"rows": rows}, default=str)
+        text = json.dumps(facts | {"rows": rows}, default=_plain)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(text + "\n")
 

@@ -1,16 +1,16 @@
 """What the kernels for Hopper share: lowered by Pallas' Mosaic GPU backend, not by Triton.
 
-A program has 128 queries of a head. One warpgroup fetches tiles of keys and values into shared
-memory, as the block lists name them; two take 64 queries each, and take turns at the tensor cores:
-one multiplies while the other makes weights of its scores (FlashAttention-3, arXiv 2407.08608,
-section 3.1).
+A program has 128 queries of a head at a time, and a multiprocessor for itself. One warpgroup
+fetches tiles of keys and values into shared memory, as the block lists name them; two take 64
+queries each. In the forward pass they take turns at the tensor cores: one multiplies while the
+other makes weights of its scores (FlashAttention-3, arXiv 2407.08608, section 3.1).
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,8 @@ from jax.experimental.pallas import mosaic_gpu as mgpu
 
 from pallas_kernels.block_lists import COUNT_BITS, MAX_COUNT, BlockLists
 from pallas_kernels.call import Arrays, Settings
-from pallas_kernels.lowering import vary_alike
-from pallas_kernels.tiles import Tile
+from pallas_kernels.lowering import multiprocessors, vary_alike
+from pallas_kernels.tiles import MOSAIC_ROWS, Tile
 
 WARPGROUPS, ROWS = 2, 64
 LAYOUT = mgpu.Layout.WGMMA  # how a warpgroup's registers hold what it multiplies
@@ -48,7 +48,7 @@ class Steps:
 
     @property
     def masked(self) -> jax.Array:
-        """How many steps have masks."""
+        """How many have masks."""
         start, stop = self._partial()
         group = self.lists.group
         return lax.div(stop - start + i32(group - 1), i32(group))
@@ -99,12 +99,85 @@ class Steps:
         return self.refs["partial_start"][self.row], self.refs["partial_start"][self.row + i32(1)]
 
 
-@dataclasses.dataclass(frozen=True)
-class Program:
-    """One program.
+class Scalars(NamedTuple):
+    """What of a tile comes from memory, or is made of it; int32.
 
-    first_row, position: of its first query in the array and in the sequence.
+    number: of the tile. row: of its lists. place: which 128 queries of the sequence it has. masked,
+    plain: how many steps with masks and without.
     """
+
+    number: Any
+    row: Any
+    place: Any
+    masked: Any
+    plain: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Which tiles a program takes, one after the other: each as many further as there are programs.
+
+    So one tile's keys are on their way while another one's results are still being written.
+    refs: of the lists, by name.
+    """
+
+    refs: dict[str, Any]
+    settings: Settings
+    lists: BlockLists
+    heads: int
+    batch: int
+    kv_len: int
+
+    @property
+    def tiles(self) -> int:
+        return self.lists.num_tiles * self.heads * self.batch
+
+    @property
+    def programs(self) -> int:
+        return min(self.tiles, multiprocessors())
+
+    def at(self, number: Any) -> QueryTile:
+        """A tile by its number; any tile for a number past the end."""
+        number = jnp.minimum(number, i32(self.tiles - 1))
+        head, batch = self._head(number), self._batch(number)
+        rank = lax.rem(number, i32(self.lists.num_tiles))
+        pattern = self.refs["pattern_of_head"][batch, head]
+        place = self.refs["order"][pattern, rank]
+        steps = Steps(self.refs, self.lists, pattern * i32(self.lists.num_tiles) + rank)
+        return self._tile(Scalars(number, steps.row, place, steps.masked, steps.plain()))
+
+    def after(self, tile: QueryTile) -> tuple[Any, QueryTile]:
+        """Whether the program takes another tile after this one, and that tile."""
+        number = tile.scalars.number + i32(self.programs)
+        return number < i32(self.tiles), self.at(number)
+
+    def visit(self, body: Callable[[QueryTile, Any], tuple[QueryTile, Any]], step: Any) -> None:
+        """Calls `body(tile, step) -> (next tile, step)` for each tile of this program."""
+        mine = lax.axis_index("program")
+        count = lax.div(i32(self.tiles + self.programs - 1) - mine, i32(self.programs))
+
+        def one(_: Any, carry: tuple[Scalars, Any]) -> tuple[Scalars, Any]:
+            following, step = body(self._tile(carry[0]), carry[1])
+            return following.scalars, step
+
+        lax.fori_loop(i32(0), count, one, (self.at(mine).scalars, step))
+
+    def _tile(self, scalars: Scalars) -> QueryTile:
+        return QueryTile(
+            self.settings, self.lists, self.kv_len, self._head(scalars.number),
+            self._batch(scalars.number), Steps(self.refs, self.lists, scalars.row), scalars,
+        )  # fmt: skip
+
+    def _head(self, number: Any) -> Any:
+        return lax.rem(lax.div(number, i32(self.lists.num_tiles)), i32(self.heads))
+
+    def _batch(self, number: Any) -> Any:
+        return lax.div(number, i32(self.lists.num_tiles * self.heads))
+
+
+@dataclasses.dataclass(frozen=True)
+class QueryTile:
+    """The queries that a program has at a time."""
 
     settings: Settings
     lists: BlockLists
@@ -112,25 +185,16 @@ class Program:
     head: Any
     batch: Any
     steps: Steps
-    first_row: Any
-    position: Any
-
-    @classmethod
-    def start(
-        cls, refs: dict[str, Any], settings: Settings, lists: BlockLists, kv_len: int
-    ) -> Program:
-        rank, head, batch = (lax.axis_index(name) for name in ("rank", "heads", "batch"))
-        pattern = refs["pattern_of_head"][batch, head]
-        offset = settings.query_offset
-        assert offset is not None
-        position = refs["order"][pattern, rank] * i32(WARPGROUPS * ROWS)
-        steps = Steps(refs, lists, pattern * i32(lists.num_tiles) + rank)
-        first_row = position - i32(offset)
-        return cls(settings, lists, kv_len, head, batch, steps, first_row, position)
+    scalars: Scalars
 
     def rows(self, warpgroup: Any) -> Any:
         """The queries of a warpgroup, for an index into an array."""
-        return pl.ds(self.first_row + warpgroup * i32(ROWS), ROWS)
+        assert self.settings.query_offset is not None
+        return pl.ds(self._position(warpgroup) - i32(self.settings.query_offset), ROWS)
+
+    def _position(self, warpgroup: Any) -> Any:
+        """Of its first query in the sequence."""
+        return self.scalars.place * i32(MOSAIC_ROWS) + warpgroup * i32(ROWS)
 
     def mask(self, step: Any, warpgroup: Any) -> jax.Array:
         """Which of its keys each query of a warpgroup sees in a step: all where it has no mask."""
@@ -139,9 +203,9 @@ class Program:
         row, column = (
             mgpu.broadcasted_iota(jnp.int32, shape, axis, layout=LAYOUT) for axis in (0, 1)
         )
-        query = row + (self.position + warpgroup * i32(ROWS))
-        part = lax.div(warpgroup * i32(ROWS * lists.rows), i32(WARPGROUPS * ROWS))
-        mask = row < jnp.where(step < self.steps.masked, i32(0), i32(ROWS))
+        query = row + self._position(warpgroup)
+        part = lax.div(warpgroup * i32(ROWS * lists.rows), i32(MOSAIC_ROWS))
+        mask = row < jnp.where(step < self.scalars.masked, i32(0), i32(ROWS))
         for place in range(lists.group):
             unit, bits, exists = self.steps.entry(step, place)
             key = column + (unit - i32(place)) * i32(lists.unit)
@@ -174,7 +238,6 @@ class Pipeline:
     value_ready: Any
     key_used: Any
     value_used: Any
-    stages: int
 
     @classmethod
     def scratch(
@@ -185,14 +248,18 @@ class Pipeline:
         tiles = [shared((tile.num_stages, tile.block_kv, dim), dtype) for dim in dims]
         return *tiles, ready, ready, used, used
 
+    @property
+    def stages(self) -> int:
+        return int(self.key.shape[0])
+
     def slot(self, step: Any) -> Any:
         return lax.rem(step, i32(self.stages))
 
     def feed(
-        self, program: Program, key_ref: Any, value_ref: Any, group: int, first: Any
+        self, tile: QueryTile, key_ref: Any, value_ref: Any, group: int, first: Any
     ) -> jax.Array:
-        """Fetches what a program takes, as soon as there is room. Returns the next step."""
-        kv_head, size = lax.div(program.head, i32(group)), program.lists.unit
+        """Fetches what a tile takes, as soon as there is room. Returns the next step."""
+        kv_head, size = lax.div(tile.head, i32(group)), tile.lists.unit
         sides = (
             (key_ref, self.key, self.key_ready, self.key_used),
             (value_ref, self.value, self.value_ready, self.value_used),
@@ -210,12 +277,12 @@ class Pipeline:
                     tokens = pl.ds(unit * i32(size), size)
                     rows = pl.ds(place * size, size)
                     mgpu.copy_gmem_to_smem(
-                        source.at[program.batch, tokens, kv_head],
+                        source.at[tile.batch, tokens, kv_head],
                         target.at[slot, rows],
                         ready.at[slot],
                     )
 
-        return program.steps.visit(first, fetch)
+        return tile.steps.visit(first, fetch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,6 +315,11 @@ def shared(shape: tuple[int, ...], dtype: Any) -> Any:
     return mgpu.SMEM(shape, dtype, transforms=transforms)
 
 
+def load_numbers(source: Any, axis: int) -> jax.Array:
+    """From shared memory, a number for each row (axis 0) or column (axis 1) of a product."""
+    return mgpu.load(source, layout=LAYOUT.reduce(1 - axis))  # type: ignore[call-arg]  # JAX 0.10
+
+
 def zeros(columns: int) -> jax.Array:
     return mgpu.layout_cast(jnp.full((ROWS, columns), 0, jnp.float32), LAYOUT)
 
@@ -259,11 +331,6 @@ def per_row(number: float) -> jax.Array:
 def spread(rows: jax.Array, like: jax.Array) -> jax.Array:
     """A number a row as an array of rows."""
     return lax.broadcast_in_dim(rows, like.shape, [0])
-
-
-def store(source: Any, target: Any) -> None:
-    """From shared memory to an array. Rows past its end are left out."""
-    mgpu.copy_smem_to_gmem(source, target)
 
 
 def call(
@@ -280,32 +347,31 @@ def call(
 ) -> list[jax.Array]:
     """Runs a kernel: `compute` in two warpgroups, `fetch` in a third.
 
-    Both are called with a program, what `operands` and the results are as refs, and the scratch;
+    Both are called with the schedule, what `operands` and the results are as refs, and the scratch;
     `compute` also with the number of its warpgroup.
     """
     batch, _, heads, _ = arrays["query"].shape
-    kv_len = arrays["key"].shape[1]
     named = {name: list_arrays[name] for name in _LIST_NAMES}
     named["pattern_of_head"] = arrays["pattern_of_head"]
     flat = vary_alike([*operands, *named.values()])
-    varying = jax.typeof(flat[0]).manual_axis_type
     number = len(operands)
+    schedule = Schedule({}, settings, lists, heads, batch, arrays["key"].shape[1])
 
     def body(refs: tuple[Any, ...], scratch: Any) -> None:
         lists_at = dict(zip(named, refs[number : number + len(named)], strict=True))
-        program = Program.start(lists_at, settings, lists, kv_len)
+        mine = dataclasses.replace(schedule, refs=lists_at)
         sides = (*refs[:number], *refs[number + len(named) :])
         warpgroup = lax.axis_index("warpgroup")
 
         @pl.when(warpgroup < i32(WARPGROUPS))
         def _() -> None:
             mgpu.set_max_registers(_MANY_REGISTERS, action="increase")
-            compute(program, sides, scratch, warpgroup)
+            compute(mine, sides, scratch, warpgroup)
 
         @pl.when(warpgroup == i32(WARPGROUPS))
         def _() -> None:
             mgpu.set_max_registers(_FEW_REGISTERS, action="decrease")
-            fetch(program, sides, scratch)
+            fetch(mine, sides, scratch)
 
     def kernel(*refs: Any) -> None:
         pl.run_scoped(lambda scratch: body(refs, scratch), scratch, collective_axes="warpgroup")
@@ -313,23 +379,19 @@ def call(
     kernel.__name__ = name
     results = mgpu.kernel(
         kernel,
-        out_type=[
-            jax.ShapeDtypeStruct(out.shape, out.dtype, manual_axis_type=varying)
-            for out in out_shape
-        ],
-        grid=(lists.num_tiles, heads, batch),
-        grid_names=("rank", "heads", "batch"),
+        out_type=list(out_shape),
+        grid=(schedule.programs,),
+        grid_names=("program",),
         num_threads=WARPGROUPS + 1,
         thread_name="warpgroup",
         compiler_params=mgpu.CompilerParams(approx_math=True),
     )(*flat)
-    return list(vary_alike(results))
+    return list(results)
 
 
 def whole_tiles(rows: int) -> int:
     """Rows with those that fill up the last tile."""
-    tile = WARPGROUPS * ROWS
-    return -(-rows // tile) * tile
+    return -(-rows // MOSAIC_ROWS) * MOSAIC_ROWS
 
 
 def padded(scalars: jax.Array, value: float) -> jax.Array:

@@ -22,6 +22,8 @@ warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecat
 # How a kernel is run: by XLA's Triton, in Pallas' interpreter, or by the official Triton.
 Launcher = Literal["pallas", "interpret", "jax_triton"]
 OLDEST_COMPUTE_CAPABILITY = 80
+FIRST_MOSAIC_JAX = (0, 11)
+_H100_MULTIPROCESSORS = 132
 
 _ABSTRACT_KINDS = (
     ("B200", 100),
@@ -57,6 +59,21 @@ def compute_capability() -> int | None:
         return round(float(number) * 10) if number is not None else None
     except ValueError:  # AMD GPUs name theirs "gfx..."
         return None
+
+
+def has_mosaic() -> bool:
+    """Whether kernels that Mosaic GPU lowers can run where a call traced now most likely does."""
+    return compute_capability() == 90 and jax.__version_info__ >= FIRST_MOSAIC_JAX
+
+
+def multiprocessors() -> int:
+    """Of the GPU that a call traced now will most likely run on; an H100's where not known."""
+    device = _abstract_device()
+    if device is None and target_platform() in ("gpu", "cuda"):
+        device = jax.local_devices(backend="gpu")[0]
+    names = ("num_cores", "core_count")
+    found = (getattr(device, name, None) for name in names)
+    return next((int(number) for number in found if number), _H100_MULTIPROCESSORS)
 
 
 def missing_packages() -> list[str]:

@@ -46,8 +46,8 @@ class Tile:
         shape = self.block_q, min(self.block_kv, 64), self.num_warps, self.unroll
         if self.lowering == "mosaic" and (shape != (MOSAIC_ROWS, 64, 8, 1) or self.num_stages < 2):
             raise ValueError(
-                f"a tile of lowering='mosaic' has block_q={MOSAIC_ROWS}, block_kv=64 or 128, num_warps=8, "
-                f"unroll=1 and two stages or more, got {self}"
+                f"a tile of lowering='mosaic' has block_q={MOSAIC_ROWS}, block_kv=64 or 128, "
+                f"num_warps=8, unroll=1 and two stages or more, got {self}"
             )
 
 

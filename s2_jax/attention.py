@@ -294,7 +294,8 @@ def _missing_for_mosaic(call: Call) -> str | None:
         f"are for compute capability 9.0, got {(lowering.compute_capability() or 0) / 10}": (
             lowering.compute_capability() != 90
         ),
-        f"need JAX 0.11 or newer, got {jax.__version__}": jax.__version_info__ < (0, 11),
+        f"need JAX 0.11 or newer, got {jax.__version__}": jax.__version_info__
+        < lowering.FIRST_MOSAIC_JAX,
         f"take bfloat16 and float16, got {call.query.dtype}": (
             call.query.dtype not in (jnp.bfloat16, jnp.float16)
         ),

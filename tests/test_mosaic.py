@@ -99,9 +99,9 @@ def test_many_small_float16_weights_add_up():
 def test_what_is_not_finite_stays_in_its_rows(bad):
     keys = jax.random.split(jax.random.key(0), 3)
     query, key, value = (jax.random.normal(k, (1, 1024, 2, 64), jnp.bfloat16) for k in keys)
-    attend = jax.jit(lambda q, i: s2_jax.s2_attention(q, key, value, S2, implementation=i), static_argnums=1)  # fmt: skip
+    attend = jax.jit(attention("mosaic"))
     spoilt = query.at[0, 700, 1, 3].set(bad)
-    good, found = (np.asarray(attend(q, "mosaic"), np.float32) for q in (query, spoilt))
+    good, found = (np.asarray(attend(q, key, value), np.float32) for q in (query, spoilt))
     assert np.isnan(found[0, 700, 1]).all()
     rest = np.ones(found.shape[:3], bool)
     rest[0, 700, 1] = False
@@ -202,7 +202,9 @@ def test_inside_shard_map(check_vma, kernels):
     assert kernels_of(text) == kernels
 
 
-def refused(match, error=NotImplementedError, device=H100, shapes=SHAPES, dtype="bfloat16", **options):
+def refused(
+    match, error=NotImplementedError, device=H100, shapes=SHAPES, dtype="bfloat16", **options
+):
     with pytest.raises(error, match=match):
         lowered(attention("mosaic", **options), shapes, dtype, device)
 
@@ -234,8 +236,10 @@ def test_its_tiles_are_for_it_alone(implementation):
 
 
 @pytest.mark.parametrize(
-    "fields", [(64, 128, 8, 2), (128, 32, 8, 2), (128, 128, 4, 2), (128, 128, 8, 1), (128, 128, 8, 2, 2)]
-)  # fmt: skip
+    "fields",
+    [(64, 128, 8), (128, 32, 8), (128, 128, 4), (128, 128, 8, 1), (128, 128, 8, 2, 2)],
+    ids=str,
+)
 def test_tiles_it_has_not(fields):
     with pytest.raises(ValueError, match="a tile of lowering='mosaic' has block_q=128"):
         Tile(*fields, lowering="mosaic")
