@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,12 +21,13 @@ from jax.experimental.pallas import mosaic_gpu as mgpu
 
 from pallas_kernels.block_lists import COUNT_BITS, MAX_COUNT, BlockLists
 from pallas_kernels.call import Arrays, Settings
+from pallas_kernels.call import operands as call_operands
 from pallas_kernels.lowering import multiprocessors, vary_alike
 from pallas_kernels.tiles import MOSAIC_ROWS, Tile
+from pallas_kernels.walk import Run, Span, clip
 
 WARPGROUPS, ROWS = 2, 64
 LAYOUT = mgpu.Layout.WGMMA  # how a warpgroup's registers hold what it multiplies
-_LIST_NAMES = ("order", "run_start", "runs", "partial_start", "partial")
 # Registers of a thread that multiplies, and of one that fetches; all threads together have 65536.
 _MANY_REGISTERS, _FEW_REGISTERS = 240, 24
 
@@ -35,82 +36,99 @@ def i32(number: int) -> Any:
     return jnp.int32(number)
 
 
+Part = Literal["inner", "outer", "all"]
+At = Callable[[int], tuple[Any, Any, Any]]
+"""Of a unit of a step, by its place in it: its number, which parts of the queries see it, and
+whether it exists at all."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Steps:
     """The tiles of keys that a program takes, each one step: those with masks first.
 
-    refs: of `BlockLists`, by name.
+    refs: of `BlockLists`, by name. span: what of the row matters; None: all of it.
     """
 
     refs: dict[str, Any]
     lists: BlockLists
     row: Any
-
-    @property
-    def masked(self) -> jax.Array:
-        """How many have masks."""
-        start, stop = self._partial()
-        group = self.lists.group
-        return lax.div(stop - start + i32(group - 1), i32(group))
+    span: Span | None
 
     def plain(self) -> jax.Array:
-        """How many have none."""
-        start, stop = self._runs()
-        runs = self.refs["runs"]
-        return lax.fori_loop(
-            start, stop, lambda run, total: total + (runs[run, 1] & i32(MAX_COUNT)), i32(0)
-        )
+        """How many have no mask."""
+        count = lambda index, total: total + self._run(index, "inner").tiles  # noqa: E731
+        return lax.fori_loop(*self._of_row("run"), count, i32(0))
 
-    def entry(self, step: Any, place: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """A unit of a masked step: its number, which parts of the queries see it, and whether it
-        exists; otherwise it is another one.
-        """
-        start, stop = self._partial()
-        index = start + step * i32(self.lists.group) + i32(place)
-        # There is always an entry to read, though it may be another row's.
-        entry = self.refs["partial"][jnp.maximum(jnp.minimum(index, stop - i32(1)), i32(0))]
-        return lax.shift_right_logical(entry, i32(self.lists.rows)), entry, index < stop
+    def visit_masked(self, body: Callable[[At, Any], Any], state: Any, everything: bool) -> Any:
+        """`body(at, state) -> state` for each step that has a mask. everything: for all."""
+        group, span, partial = self.lists.group, self.span, self.refs["partial"]
+        start, stop = self._of_row("partial")
 
-    def visit(self, first: Any, body: Callable[[Any, list[Any]], None]) -> jax.Array:
-        """Calls `body(step, units)` for each, counted from `first` on. Returns the next number."""
-        places = range(self.lists.group)
+        def unit(index: Any) -> Any:
+            # There is always an entry to read, though it may be another row's.
+            entry = partial[jnp.maximum(jnp.minimum(index, stop - i32(1)), i32(0))]
+            return lax.shift_right_logical(entry, i32(self.lists.rows)), entry, index < stop
 
-        def masked(step: Any, none: None) -> None:
-            body(first + step, [self.entry(step, place)[0] for place in places])
+        def some(step: Any, state: Any) -> Any:
+            begin = start + step * i32(group)
+            at = lambda place: unit(begin + i32(place))  # noqa: E731
+            if span is None:
+                return body(at, state)
+            (first, *_), (last, *_) = unit(begin), unit(begin + i32(group - 1))
+            matters = (last >= span.start) & (first < span.stop)
+            return lax.cond(matters, lambda state: body(at, state), lambda state: state, state)
 
-        def run(index: Any, number: Any) -> Any:
-            unit, word = self.refs["runs"][index, 0], self.refs["runs"][index, 1]
-            gap, count = lax.shift_right_logical(word, i32(COUNT_BITS)), word & i32(MAX_COUNT)
+        state = lax.fori_loop(i32(0), _tiles(stop - start, group), some, state)
+        if span is None and not everything:
+            return state
+        return self._visit_runs(body, state, "all" if everything else "outer")
 
-            def plain(i: Any, none: None) -> None:
-                begin = unit + i * gap * i32(self.lists.group)
-                body(number + i, [begin + gap * i32(place) for place in places])
+    def visit_plain(self, body: Callable[[At, Any], Any], state: Any) -> Any:
+        """The same for each step that has none."""
+        return self._visit_runs(body, state, "inner")
 
-            lax.fori_loop(i32(0), count, plain, None)
-            return number + count
+    def _visit_runs(self, body: Callable[[At, Any], Any], state: Any, part: Part) -> Any:
+        seen = i32((1 << self.lists.rows) - 1), True
 
-        lax.fori_loop(i32(0), self.masked, masked, None)
-        return lax.fori_loop(*self._runs(), run, first + self.masked)
+        def of_run(index: Any, state: Any) -> Any:
+            run = self._run(index, part)
 
-    def _runs(self) -> tuple[Any, Any]:
-        return self.refs["run_start"][self.row], self.refs["run_start"][self.row + i32(1)]
+            def tile(i: Any, state: Any) -> Any:
+                first = run.unit(i, self.lists.group)
+                return body(lambda place: (first + run.step * i32(place), *seen), state)
 
-    def _partial(self) -> tuple[Any, Any]:
-        return self.refs["partial_start"][self.row], self.refs["partial_start"][self.row + i32(1)]
+            return lax.fori_loop(i32(0), run.tiles, tile, state)
+
+        return lax.fori_loop(*self._of_row("run"), of_run, state)
+
+    def _run(self, index: Any, part: Part) -> Run:
+        first, word = self.refs["runs"][index, 0], self.refs["runs"][index, 1]
+        count = word & i32(MAX_COUNT)
+        run = Run(first, lax.shift_right_logical(word, i32(COUNT_BITS)), count)
+        if self.span is None:
+            return run
+        span = self.span
+        if part == "all":
+            span = span._replace(inner=i32(0), inner_stop=i32(0))
+        return clip(run, span, "inner" if part == "inner" else "outer", self.lists.group)
+
+    def _of_row(self, kind: Literal["run", "partial"]) -> tuple[Any, Any]:
+        starts = self.refs[f"{kind}_start"]
+        return starts[self.row], starts[self.row + i32(1)]
 
 
 class Scalars(NamedTuple):
     """What of a tile comes from memory, or is made of it; int32.
 
-    number: of the tile. row: of its lists. place: which 128 queries of the sequence it has. masked,
-    plain: how many steps with masks and without.
+    number: of the tile. row: of its lists. place: which 128 queries of the sequence it has. plain:
+    how many steps without masks. span: as of `Steps`.
     """
 
     number: Any
     row: Any
     place: Any
-    masked: Any
     plain: Any
+    span: Span | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +144,7 @@ class Schedule:
     lists: BlockLists
     heads: int
     batch: int
+    q_len: int
     kv_len: int
 
     @property
@@ -143,8 +162,13 @@ class Schedule:
         rank = lax.rem(number, i32(self.lists.num_tiles))
         pattern = self.refs["pattern_of_head"][batch, head]
         place = self.refs["order"][pattern, rank]
-        steps = Steps(self.refs, self.lists, pattern * i32(self.lists.num_tiles) + rank)
-        return self._tile(Scalars(number, steps.row, place, steps.masked, steps.plain()))
+        row, span = pattern * i32(self.lists.num_tiles) + rank, None
+        if "spans" in self.refs:
+            assert self.settings.query_offset is not None
+            index = place - i32(self.settings.query_offset // MOSAIC_ROWS)
+            span = Span(*(self.refs["spans"][batch, index, i32(end)] for end in range(4)))
+        plain = Steps(self.refs, self.lists, row, span).plain()
+        return self._tile(Scalars(number, row, place, plain, span))
 
     def after(self, tile: QueryTile) -> tuple[Any, QueryTile]:
         """Whether the program takes another tile after this one, and that tile."""
@@ -163,10 +187,16 @@ class Schedule:
         lax.fori_loop(i32(0), count, one, (self.at(mine).scalars, step))
 
     def _tile(self, scalars: Scalars) -> QueryTile:
-        return QueryTile(
-            self.settings, self.lists, self.kv_len, self._head(scalars.number),
-            self._batch(scalars.number), Steps(self.refs, self.lists, scalars.row), scalars,
-        )  # fmt: skip
+        head, batch = self._head(scalars.number), self._batch(scalars.number)
+        steps = Steps(self.refs, self.lists, scalars.row, scalars.span)
+
+        def length(name: str, longest: int) -> Any:
+            if name not in self.refs:
+                return i32(longest)
+            return jnp.minimum(jnp.maximum(self.refs[name][batch], i32(0)), i32(longest))
+
+        lengths = length("q_length", self.q_len), length("kv_length", self.kv_len)
+        return QueryTile(self.settings, self.lists, *lengths, head, batch, steps, scalars)
 
     def _head(self, number: Any) -> Any:
         return lax.rem(lax.div(number, i32(self.lists.num_tiles)), i32(self.heads))
@@ -177,11 +207,12 @@ class Schedule:
 
 @dataclasses.dataclass(frozen=True)
 class QueryTile:
-    """The queries that a program has at a time."""
+    """The queries that a program has at a time. q_length, kv_length: tokens that count."""
 
     settings: Settings
     lists: BlockLists
-    kv_len: int
+    q_length: Any
+    kv_length: Any
     head: Any
     batch: Any
     steps: Steps
@@ -196,8 +227,11 @@ class QueryTile:
         """Of its first query in the sequence."""
         return self.scalars.place * i32(MOSAIC_ROWS) + warpgroup * i32(ROWS)
 
-    def mask(self, step: Any, warpgroup: Any) -> jax.Array:
-        """Which of its keys each query of a warpgroup sees in a step: all where it has no mask."""
+    def mask(self, at: At, warpgroup: Any, q_ids: Any, kv_ids: Any) -> jax.Array:
+        """Which of the keys of a step each query of a warpgroup sees.
+
+        q_ids, kv_ids: of segments, `[rows]` and `[keys]`; None where there are none.
+        """
         lists, window = self.lists, self.settings.window
         shape = (ROWS, lists.unit * lists.group)
         row, column = (
@@ -205,27 +239,35 @@ class QueryTile:
         )
         query = row + self._position(warpgroup)
         part = lax.div(warpgroup * i32(ROWS * lists.rows), i32(MOSAIC_ROWS))
-        mask = row < jnp.where(step < self.scalars.masked, i32(0), i32(ROWS))
+        mask: Any = None
         for place in range(lists.group):
-            unit, bits, exists = self.steps.entry(step, place)
+            unit, bits, exists = at(place)
             key = column + (unit - i32(place)) * i32(lists.unit)
             listed = lax.rem(lax.shift_right_logical(bits, part), i32(2)) > i32(0)
-            end = jnp.where(exists, i32(self.kv_len), i32(0))
+            end = self.kv_length if exists is True else jnp.where(exists, self.kv_length, i32(0))
+            listed_end = jnp.where(listed, end, i32(0))
             inside = (column >= i32(place * lists.unit)) & (column < i32((place + 1) * lists.unit))
-            inside &= key < end
-            if window is None or not window.adds:
-                inside &= key < jnp.where(listed, i32(self.kv_len), i32(0))
+            inside &= key < (end if window is not None and window.adds else listed_end)
             if window is not None:
                 near = query - key < i32(window.size)
                 if window.adds or not self.settings.causal:
                     near &= key - query < i32(window.size)
                 if window.adds:
-                    near |= key < jnp.where(listed, i32(self.kv_len), i32(0))
+                    near |= key < listed_end
                 inside &= near
             if self.settings.causal:
                 inside &= key <= query
-            mask |= inside
+            mask = inside if mask is None else mask | inside
+        if q_ids is not None:
+            mask &= spread(q_ids, mask) == lax.broadcast_in_dim(kv_ids, mask.shape, [1])
         return mask
+
+    def padding(self, warpgroup: Any) -> jax.Array:
+        """Which of a warpgroup's queries do not count, `[rows]`."""
+        row = mgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=LAYOUT.reduce(1))
+        assert self.settings.query_offset is not None
+        first = self._position(warpgroup) - i32(self.settings.query_offset)
+        return row + first >= self.q_length
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,15 +280,19 @@ class Pipeline:
     value_ready: Any
     key_used: Any
     value_used: Any
+    ids: Any = None
 
     @classmethod
     def scratch(
-        cls, tile: Tile, lists: BlockLists, dims: tuple[int, int], dtype: Any
+        cls, tile: Tile, lists: BlockLists, dims: tuple[int, int], dtype: Any, segments: bool
     ) -> tuple[Any, ...]:
+        copies = lists.group * (2 if segments else 1)
+        key_ready = mgpu.Barrier(num_arrivals=copies, num_barriers=tile.num_stages)
         ready = mgpu.Barrier(num_arrivals=lists.group, num_barriers=tile.num_stages)
         used = mgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tile.num_stages)
         tiles = [shared((tile.num_stages, tile.block_kv, dim), dtype) for dim in dims]
-        return *tiles, ready, ready, used, used
+        ids = [mgpu.SMEM((tile.num_stages, tile.block_kv), jnp.int32)] * segments
+        return *tiles, key_ready, ready, used, used, *ids
 
     @property
     def stages(self) -> int:
@@ -255,18 +301,20 @@ class Pipeline:
     def slot(self, step: Any) -> Any:
         return lax.rem(step, i32(self.stages))
 
-    def feed(
-        self, tile: QueryTile, key_ref: Any, value_ref: Any, group: int, first: Any
-    ) -> jax.Array:
-        """Fetches what a tile takes, as soon as there is room. Returns the next step."""
+    def feed(self, tile: QueryTile, refs: KeyRefs, group: int, step: Any, all_masked: bool) -> Any:
+        """Fetches what a tile takes, as soon as there is room. Returns the next step.
+
+        all_masked: whether the tile takes every step as one with a mask.
+        """
         kv_head, size = lax.div(tile.head, i32(group)), tile.lists.unit
         sides = (
-            (key_ref, self.key, self.key_ready, self.key_used),
-            (value_ref, self.value, self.value_ready, self.value_used),
+            (refs.key, self.key, self.key_ready, self.key_used),
+            (refs.value, self.value, self.value_ready, self.value_used),
         )
 
-        def fetch(step: Any, units: list[Any]) -> None:
+        def fetch(at: At, step: Any) -> Any:
             slot = self.slot(step)
+            units = [at(place)[0] for place in range(tile.lists.group)]
             for source, target, ready, used in sides:
 
                 @pl.when(step >= i32(self.stages))
@@ -281,8 +329,22 @@ class Pipeline:
                         target.at[slot, rows],
                         ready.at[slot],
                     )
+                    if source is refs.key and refs.ids is not None:
+                        mgpu.copy_gmem_to_smem(
+                            refs.ids.at[tile.batch, tokens], self.ids.at[slot, rows], ready.at[slot]
+                        )
+            return step + i32(1)
 
-        return tile.steps.visit(first, fetch)
+        step = tile.steps.visit_masked(fetch, step, everything=all_masked)
+        return step if all_masked else tile.steps.visit_plain(fetch, step)
+
+
+class KeyRefs(NamedTuple):
+    """Keys, values and, where there are segments, the ids of keys."""
+
+    key: Any
+    value: Any
+    ids: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -350,12 +412,11 @@ def call(
     Both are called with the schedule, what `operands` and the results are as refs, and the scratch;
     `compute` also with the number of its warpgroup.
     """
-    batch, _, heads, _ = arrays["query"].shape
-    named = {name: list_arrays[name] for name in _LIST_NAMES}
-    named["pattern_of_head"] = arrays["pattern_of_head"]
+    batch, q_len, heads, _ = arrays["query"].shape
+    named = call_operands(settings, lists, arrays, list_arrays)
     flat = vary_alike([*operands, *named.values()])
     number = len(operands)
-    schedule = Schedule({}, settings, lists, heads, batch, arrays["key"].shape[1])
+    schedule = Schedule({}, settings, lists, heads, batch, q_len, arrays["key"].shape[1])
 
     def body(refs: tuple[Any, ...], scratch: Any) -> None:
         lists_at = dict(zip(named, refs[number : number + len(named)], strict=True))
@@ -389,14 +450,22 @@ def call(
     return list(results)
 
 
+def segment_ids(arrays: Arrays) -> tuple[jax.Array, ...]:
+    """Those of queries and of keys, as copies want them; nothing where there are none."""
+    return tuple(padded(arrays[name], 0) for name in ("q_ids", "kv_ids") if name in arrays)
+
+
 def whole_tiles(rows: int) -> int:
     """Rows with those that fill up the last tile."""
     return -(-rows // MOSAIC_ROWS) * MOSAIC_ROWS
 
 
-def padded(scalars: jax.Array, value: float) -> jax.Array:
-    """float32 `[batch, heads, q_len]` so long that every tile lies in it, as a copy wants it."""
-    rows = scalars.shape[-1]
-    return jnp.pad(
-        scalars, ((0, 0), (0, 0), (0, whole_tiles(rows) - rows)), constant_values=np.float32(value)
-    )
+def padded(rows: jax.Array, value: float) -> jax.Array:
+    """`[..., tokens]` so long that every tile lies in it: a copy of one row runs into the next."""
+    more = whole_tiles(rows.shape[-1]) - rows.shape[-1]
+    widths = [(0, 0)] * (rows.ndim - 1) + [(0, more)]
+    return jnp.pad(rows, widths, constant_values=np.asarray(value, rows.dtype))
+
+
+def _tiles(units: Any, group: int) -> Any:
+    return lax.div(units + i32(group - 1), i32(group))

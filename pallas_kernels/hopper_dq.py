@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as mgpu
 
 from pallas_kernels import hopper
 from pallas_kernels.call import Arrays, Settings
-from pallas_kernels.hopper import ROWS, WARPGROUPS, Pipeline, QueryTile, Schedule, i32
+from pallas_kernels.hopper import ROWS, WARPGROUPS, At, KeyRefs, Pipeline, QueryTile, Schedule, i32
 
 
 def dq(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Array]:
@@ -24,38 +23,49 @@ def dq(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Arr
     tile_shape, lists = settings.tiles.dq, settings.layouts.dq()
     scale, group = settings.exp2.scale, heads // key.shape[2]
     keys = lists.unit * lists.group
+    ids = hopper.segment_ids(arrays)
+    segments = len(ids) > 0
 
     def compute(schedule: Schedule, refs: Any, scratch: Any, warpgroup: Any) -> None:
-        q_ref, _, _, do_ref, lse_ref, delta_ref, dq_ref = refs
-        (*buffers, outs), ready, stages = scratch
+        q_ref, _, _, do_ref, lse_ref, delta_ref, *id_refs, dq_ref = refs
+        buffers, ready, stages = scratch
         pipeline = Pipeline(*stages)
-        query, grad_out, lses, deltas = (buffer.at[warpgroup] for buffer in buffers)
+        query, grad_out, outs, lses, deltas, *q_ids = (buffer.at[warpgroup] for buffer in buffers)
 
         def load(tile: QueryTile) -> None:
             rows = tile.rows(warpgroup)
             at, scalars_at = (tile.batch, rows, tile.head), (tile.batch, tile.head, rows)
-            copies = (
+            copies = [
                 (q_ref.at[at], query), (do_ref.at[at], grad_out),
                 (lse_ref.at[scalars_at], lses), (delta_ref.at[scalars_at], deltas),
-            )  # fmt: skip
+            ]  # fmt: skip
+            if segments:
+                copies.append((id_refs[0].at[tile.batch, rows], q_ids[0]))
             for source, target in copies:
                 mgpu.copy_gmem_to_smem(source, target, ready.at[warpgroup])
 
-        def take(tile: QueryTile, first: Any) -> tuple[QueryTile, Any]:
+        def take(tile: QueryTile, step: Any) -> tuple[QueryTile, Any]:
             mgpu.barrier_wait(ready.at[warpgroup])
-            lse, delta = (hopper.load_numbers(numbers, axis=0) for numbers in (lses, deltas))
+            lse, delta, *my_ids = (
+                hopper.load_numbers(numbers, axis=0) for numbers in (lses, deltas, *q_ids)
+            )
 
-            def add(step: Any, sums: jax.Array, masked: bool) -> jax.Array:
+            def add(at: At | None, sums: jax.Array, step: Any) -> jax.Array:
+                """at: of a step with a mask."""
                 slot = pipeline.slot(step)
                 mgpu.barrier_wait(pipeline.key_ready.at[slot])
                 mgpu.barrier_wait(pipeline.value_ready.at[slot])
+                kv_ids = None
+                if at is not None and segments:
+                    kv_ids = hopper.load_numbers(pipeline.ids.at[slot], axis=1)
 
                 def grads_of_scores(products: Any, grad_weights: Any) -> jax.Array:
                     mgpu.wgmma(products, query, pipeline.key.at[slot].transpose((1, 0)))
                     mgpu.wgmma(grad_weights, grad_out, pipeline.value.at[slot].transpose((1, 0)))
                     scores = mgpu.wgmma_accumulator_load(products, wait_n=1)
-                    if masked:
-                        scores = jnp.where(tile.mask(step - first, warpgroup), scores, -jnp.inf)
+                    if at is not None:
+                        mask = tile.mask(at, warpgroup, my_ids[0] if segments else None, kv_ids)
+                        scores = jnp.where(mask, scores, -jnp.inf)
                     weights = jnp.exp2(scores * scale - hopper.spread(lse, scores))
                     weights = lax.optimization_barrier(weights)  # while the other product runs
                     grads = mgpu.wgmma_accumulator_load(grad_weights, wait_n=0)
@@ -72,19 +82,20 @@ def dq(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Arr
                 mgpu.barrier_arrive(pipeline.key_used.at[slot])
                 return sums
 
-            plain = first + tile.scalars.masked
-            end = plain + tile.scalars.plain
-            sums = hopper.zeros(head_dim)
-            sums = lax.fori_loop(first, plain, functools.partial(add, masked=True), sums)
-            sums = lax.fori_loop(plain, end, functools.partial(add, masked=False), sums)
+            def masked(at: At, state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+                return add(at, *state), state[1] + i32(1)
+
+            state = hopper.zeros(head_dim), step
+            sums, step = tile.steps.visit_masked(masked, state, everything=False)
+            end = step + tile.scalars.plain
+            sums = lax.fori_loop(step, end, lambda step, sums: add(None, sums, step), sums)
             more, following = schedule.after(tile)
             mgpu.commit_smem()  # all of the warpgroup have done with what it loaded
             pl.when(more)(lambda: load(following))
             mgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the tile before
-            mine = outs.at[warpgroup]
-            mine[...] = (sums * settings.scale).astype(dtype)
+            outs[...] = (sums * settings.scale).astype(dtype)
             mgpu.commit_smem()
-            mgpu.copy_smem_to_gmem(mine, dq_ref.at[tile.batch, tile.rows(warpgroup), tile.head])
+            mgpu.copy_smem_to_gmem(outs, dq_ref.at[tile.batch, tile.rows(warpgroup), tile.head])
             return following, end
 
         load(schedule.at(lax.axis_index("program")))
@@ -92,26 +103,29 @@ def dq(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Arr
         mgpu.wait_smem_to_gmem(0)
 
     def fetch(schedule: Schedule, refs: Any, scratch: Any) -> None:
-        _, key_ref, value_ref, *_ = refs
+        _, key_ref, value_ref, _, _, _, *id_refs, _ = refs
+        keys = KeyRefs(key_ref, value_ref, id_refs[1] if segments else None)
         pipeline = Pipeline(*scratch[2])
 
         def take(tile: QueryTile, step: Any) -> tuple[QueryTile, Any]:
-            step = pipeline.feed(tile, key_ref, value_ref, group, step)
+            step = pipeline.feed(tile, keys, group, step, all_masked=False)
             return schedule.after(tile)[1], step
 
         schedule.visit(take, i32(0))
 
-    row_numbers = mgpu.SMEM((WARPGROUPS, ROWS), jnp.float32)
+    row_numbers, row_ids = (
+        mgpu.SMEM((WARPGROUPS, ROWS), kind) for kind in (jnp.float32, jnp.int32)
+    )
     rows = [hopper.shared((WARPGROUPS, ROWS, dim), dtype) for dim in (head_dim, value_dim)]
     scratch = (
-        (*rows, row_numbers, row_numbers, rows[0]),
-        mgpu.Barrier(num_arrivals=4, num_barriers=WARPGROUPS),
-        Pipeline.scratch(tile_shape, lists, (head_dim, value_dim), dtype),
+        (*rows, rows[0], row_numbers, row_numbers, *[row_ids] * segments),
+        mgpu.Barrier(num_arrivals=4 + segments, num_barriers=WARPGROUPS),
+        Pipeline.scratch(tile_shape, lists, (head_dim, value_dim), dtype, segments),
     )
     lse, delta = hopper.padded(arrays["lse"], jnp.inf), hopper.padded(arrays["delta"], 0.0)
     [gradient] = hopper.call(
         "s2_attention_dq", compute, fetch, settings, lists,
-        (query, key, value, grad_out, lse, delta), arrays, list_arrays,
+        (query, key, value, grad_out, lse, delta, *ids), arrays, list_arrays,
         [jax.ShapeDtypeStruct(query.shape, dtype)], scratch,
     )  # fmt: skip
     return (gradient,)

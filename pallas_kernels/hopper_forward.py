@@ -17,6 +17,8 @@ from pallas_kernels.call import Arrays, Settings
 from pallas_kernels.hopper import (
     ROWS,
     WARPGROUPS,
+    At,
+    KeyRefs,
     Pipeline,
     QueryTile,
     Schedule,
@@ -41,48 +43,61 @@ def forward(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[ja
     batch, q_len, heads, head_dim = query.shape
     dtype, value_dim, group = query.dtype, value.shape[-1], heads // key.shape[2]
     tile_shape, lists = settings.tiles.forward, settings.layouts.forward()
-    scale = settings.exp2.scale
+    ids = hopper.segment_ids(arrays)
+    segments = len(ids) > 0
 
     def compute(schedule: Schedule, refs: Any, scratch: Any, warpgroup: Any) -> None:
-        q_ref, _, _, o_ref, lse_ref = refs
-        (queries, outs, lses, bad), (query_ready, decided), turns, stages = scratch
-        mine = queries.at[warpgroup]
-        turns, pipeline = Turns(turns), Pipeline(*stages)
+        q_ref, _, _, *id_refs, o_ref, lse_ref = refs
+        (queries, outs, lses, bad, *q_ids), (query_ready, decided), turns, stages = scratch
+        mine, turns, pipeline = queries.at[warpgroup], Turns(turns), Pipeline(*stages)
 
         def load(tile: QueryTile) -> None:
-            mgpu.copy_gmem_to_smem(
-                q_ref.at[tile.batch, tile.rows(warpgroup), tile.head],
-                mine,
-                query_ready.at[warpgroup],
-            )
+            rows, ready = tile.rows(warpgroup), query_ready.at[warpgroup]
+            mgpu.copy_gmem_to_smem(q_ref.at[tile.batch, rows, tile.head], mine, ready)
+            if segments:
+                mgpu.copy_gmem_to_smem(
+                    id_refs[0].at[tile.batch, rows], q_ids[0].at[warpgroup], ready
+                )
 
         def take(tile: QueryTile, step: Any) -> tuple[QueryTile, Any]:
             mgpu.barrier_wait(query_ready.at[warpgroup])
-            walk = functools.partial(_walk, tile, mine, turns, pipeline, dtype, scale, warpgroup)
-            steps = tile.scalars.masked + tile.scalars.plain
-            carry = walk(step, pin=True)
+            my_ids = hopper.load_numbers(q_ids[0].at[warpgroup], axis=0) if segments else None
+            padding = tile.padding(warpgroup) if "q_length" in schedule.refs else None
+            walk = functools.partial(
+                _walk, tile, mine, my_ids, turns, pipeline, dtype, settings.exp2.scale, warpgroup
+            )
+            carry, step = walk(step, pin=True)
 
             def decide() -> jax.Array:
-                bad.at[warpgroup][...] = jnp.where(_in_range(tile, carry, dtype), 0.0, 1.0)
+                good = _in_range(tile, carry, dtype)
+                if padding is not None:
+                    good |= padding
+                bad.at[warpgroup][...] = jnp.where(good, 0.0, 1.0)
                 mgpu.barrier_arrive(decided)
                 return _is_bad(bad, decided)
 
             again = _if_pinned(tile, decide)
-            carry = lax.cond(again, lambda: walk(step + steps, pin=False), lambda: carry)
+            carry, step = lax.cond(again, lambda: walk(step, pin=False), lambda: (carry, step))
             more, following = schedule.after(tile)
             mgpu.commit_smem()  # all of the warpgroup have done with the query
             pl.when(more)(lambda: load(following))
-            store(tile, carry)
-            return following, step + jnp.where(again, steps + steps, steps)
+            store(tile, carry, padding)
+            return following, step
 
-        def store(tile: QueryTile, carry: Carry) -> None:
+        def store(tile: QueryTile, carry: Carry, padding: jax.Array | None) -> None:
             out, peak, sums = carry
             seen = sums != 0  # a NaN was seen too
             whole = jnp.where(seen, sums, 1.0)
             lse = peak + jnp.where(whole == whole, log2(whole), jnp.nan)
+            out = out / hopper.spread(whole, out)
+            lse = jnp.where(seen, lse, -jnp.inf)
+            if padding is not None:
+                lse = jnp.where(padding, -jnp.inf, lse)
+                unasked = hopper.spread(jnp.where(padding, 1.0, 0.0), out)  # no bools are spread
+                out = jnp.where(unasked > 0, 0.0, out)
             mgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the tile before
-            outs.at[warpgroup][...] = (out / hopper.spread(whole, out)).astype(dtype)
-            lses.at[warpgroup][...] = jnp.where(seen, lse, -jnp.inf)
+            outs.at[warpgroup][...] = out.astype(dtype)
+            lses.at[warpgroup][...] = lse
             mgpu.commit_smem()
             rows = tile.rows(warpgroup)
             mgpu.copy_smem_to_gmem(outs.at[warpgroup], o_ref.at[tile.batch, rows, tile.head])
@@ -93,16 +108,18 @@ def forward(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[ja
         mgpu.wait_smem_to_gmem(0)
 
     def fetch(schedule: Schedule, refs: Any, scratch: Any) -> None:
-        _, key_ref, value_ref, _, _ = refs
-        (*_, bad), (_, decided), _, stages = scratch
+        _, key_ref, value_ref, *id_refs, _, _ = refs
+        keys = KeyRefs(key_ref, value_ref, id_refs[1] if segments else None)
+        (_, _, _, bad, *_), (_, decided), _, stages = scratch
         pipeline = Pipeline(*stages)
 
         def take(tile: QueryTile, step: Any) -> tuple[QueryTile, Any]:
-            feed = functools.partial(pipeline.feed, tile, key_ref, value_ref, group)
-            step = feed(step)
+            feed = functools.partial(pipeline.feed, tile, keys, group)
+            step = feed(step, all_masked=False)
             _, following = schedule.after(tile)
             again = _if_pinned(tile, lambda: _is_bad(bad, decided))
-            return following, lax.cond(again, feed, lambda step: step, step)
+            feed_again = functools.partial(feed, all_masked=True)
+            return following, lax.cond(again, feed_again, lambda step: step, step)
 
         schedule.visit(take, i32(0))
 
@@ -110,16 +127,21 @@ def forward(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[ja
         jax.ShapeDtypeStruct((batch, q_len, heads, value_dim), dtype),
         jax.ShapeDtypeStruct((batch, heads, hopper.whole_tiles(q_len)), jnp.float32),
     ]
-    row_numbers = mgpu.SMEM((WARPGROUPS, ROWS), jnp.float32)
+    row_numbers, row_ids = (
+        mgpu.SMEM((WARPGROUPS, ROWS), kind) for kind in (jnp.float32, jnp.int32)
+    )
     rows = [hopper.shared((WARPGROUPS, ROWS, dim), dtype) for dim in (head_dim, value_dim)]
     scratch = (
-        (*rows, row_numbers, row_numbers),
-        (mgpu.Barrier(num_barriers=WARPGROUPS), mgpu.Barrier(num_arrivals=WARPGROUPS)),
+        (*rows, row_numbers, row_numbers, *[row_ids] * segments),
+        (
+            mgpu.Barrier(num_arrivals=1 + segments, num_barriers=WARPGROUPS),
+            mgpu.Barrier(num_arrivals=WARPGROUPS),
+        ),
         mgpu.Barrier(num_arrivals=WARPGROUPS),
-        Pipeline.scratch(tile_shape, lists, (head_dim, value_dim), dtype),
+        Pipeline.scratch(tile_shape, lists, (head_dim, value_dim), dtype, segments),
     )
     out, lse = hopper.call(
-        "s2_attention_forward", compute, fetch, settings, lists, (query, key, value), arrays,
+        "s2_attention_forward", compute, fetch, settings, lists, (query, key, value, *ids), arrays,
         list_arrays, out_shape, scratch,
     )  # fmt: skip
     return out, lse[..., :q_len]
@@ -128,25 +150,26 @@ def forward(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[ja
 def _walk(
     tile: QueryTile,
     query: Any,
+    q_ids: jax.Array | None,
     turns: Turns,
     pipeline: Pipeline,
     dtype: Any,
     scale: float,
     warpgroup: Any,
-    begin: Any,
+    step: Any,
     pin: bool,
-) -> Carry:
-    """Takes in all keys of a tile, from the step `begin` on.
+) -> tuple[Carry, Any]:
+    """Takes in all keys of a tile, from a step on; returns the next one too.
 
     pin: the peak stays as it is after the steps with masks; otherwise none is left out.
     """
     keys, value_dim = pipeline.key.shape[1], pipeline.value.shape[2]
-    first_plain = begin + tile.scalars.masked
-    end = first_plain + tile.scalars.plain
 
-    def attend(step: Any, carry: Carry, pinned: bool) -> Carry:
+    def attend(at: At | None, carry: Carry, step: Any) -> Carry:
+        """at: of a step with a mask; None: the peak is pinned."""
         out, peak, sums = carry
         slot = pipeline.slot(step)
+        mgpu.barrier_wait(pipeline.key_ready.at[slot])
 
         def multiply(products: Any) -> jax.Array:
             mgpu.wgmma(products, query, pipeline.key.at[slot].transpose((1, 0)))
@@ -154,9 +177,14 @@ def _walk(
             return products[...]
 
         scores = pl.run_scoped(multiply, mgpu.ACC((ROWS, keys), jnp.float32))
+        if at is not None:
+            kv_ids = None
+            if q_ids is not None:
+                kv_ids = hopper.load_numbers(pipeline.ids.at[slot], axis=1)
+            mask = tile.mask(at, warpgroup, q_ids, kv_ids)
         mgpu.barrier_arrive(pipeline.key_used.at[slot])
-        if not pinned:
-            scores = jnp.where(tile.mask(step - begin, warpgroup), scores, -jnp.inf)
+        if at is not None:
+            scores = jnp.where(mask, scores, -jnp.inf)
             before, peak = peak, jnp.maximum(peak, scores.max(axis=1) * scale)
             decay = jnp.exp2(before - peak)
             out, sums = out * hopper.spread(decay, out), sums * decay
@@ -167,33 +195,26 @@ def _walk(
         turns.arrive()
         mgpu.barrier_wait(pipeline.value_ready.at[slot])
         turns.wait()
-
-        def add(sum_ref: Any) -> None:
-            mgpu.wgmma(sum_ref, narrow, pipeline.value.at[slot])
-
-            @pl.when(step + i32(1) < end)
-            def _() -> None:
-                mgpu.barrier_wait(pipeline.key_ready.at[pipeline.slot(step + i32(1))])
-
-        out = pl.run_state(add)(mgpu.ACC.init(out))
+        out = pl.run_state(lambda sums: mgpu.wgmma(sums, narrow, pipeline.value.at[slot]))(
+            mgpu.ACC.init(out)
+        )
         mgpu.barrier_arrive(pipeline.value_used.at[slot])
         return out, peak, sums
 
-    @pl.when(begin < end)
-    def _() -> None:
-        mgpu.barrier_wait(pipeline.key_ready.at[pipeline.slot(begin)])
+    def masked(at: At, state: tuple[Carry, Any]) -> tuple[Carry, Any]:
+        return attend(at, *state), state[1] + i32(1)
 
     turns.begin(warpgroup)
     carry: Carry = hopper.zeros(value_dim), hopper.per_row(LOWEST), hopper.per_row(0.0)
-    body = functools.partial(attend, pinned=False)
-    carry = lax.fori_loop(begin, first_plain if pin else end, body, carry)
+    carry, step = tile.steps.visit_masked(masked, (carry, step), everything=not pin)
     if pin:
         out, peak, sums = carry
         carry = out, jnp.where(sums > 0, peak, 0.0), sums
-        body = functools.partial(attend, pinned=True)
-        carry = lax.fori_loop(first_plain, end, body, carry)
+        end = step + tile.scalars.plain
+        carry = lax.fori_loop(step, end, lambda step, carry: attend(None, carry, step), carry)
+        step = end
     turns.end(warpgroup)
-    return carry
+    return carry, step
 
 
 def _in_range(tile: QueryTile, carry: Carry, dtype: Any) -> jax.Array:

@@ -71,7 +71,7 @@ class Turn(NamedTuple):
     member: jax.Array | int = 0
 
 
-class _Run(NamedTuple):
+class Run(NamedTuple):
     """What is walked of a run: `tiles` from `first` on, leaving out `gap` at `gap_at`."""
 
     first: jax.Array
@@ -157,7 +157,7 @@ class Walk:
                 _read_run(self.refs["runs"], begin + k, start, stop, meta) for k in range(slots)
             ]
             if self.span is not None:
-                runs = [_clip(run, self.span, part, meta.group) for run in runs]
+                runs = [clip(run, self.span, part, meta.group) for run in runs]
             ends = [runs[0].tiles]
             for run in runs[1:]:
                 ends.append(ends[-1] + run.tiles)
@@ -248,15 +248,15 @@ def _entries(
 
 def _read_run(
     runs_ref: Any, index: jax.Array, start: jax.Array, stop: jax.Array, meta: ListMeta
-) -> _Run:
+) -> Run:
     """A run; without tiles past the last one."""
     exists = index < stop
     index = jnp.where(exists, index, start)
     first, word = runs_ref[index, 0], runs_ref[index, 1]
-    return _Run(first, word >> COUNT_BITS, jnp.where(exists, word & MAX_COUNT, 0))
+    return Run(first, word >> COUNT_BITS, jnp.where(exists, word & MAX_COUNT, 0))
 
 
-def _clip(run: _Run, span: Span, part: Part, group: int) -> _Run:
+def clip(run: Run, span: Span, part: Part, group: int) -> Run:
     """The tiles of a run whose units all lie in the inner part, or the others that matter."""
     stride = jnp.maximum(run.step * group, 1)
     reach = (group - 1) * run.step
@@ -269,10 +269,10 @@ def _clip(run: _Run, span: Span, part: Part, group: int) -> _Run:
     inner = jnp.maximum(tiles_before(span.inner), start)
     inner_stop = jnp.maximum(tiles_before(span.inner_stop - reach), inner)
     if part == "inner":
-        return _Run(run.first + inner * stride, run.step, inner_stop - inner)
+        return Run(run.first + inner * stride, run.step, inner_stop - inner)
     gap = inner_stop - inner
     count = jnp.maximum(stop - start, 0) - gap
-    return _Run(run.first + start * stride, run.step, count, inner - start, gap)
+    return Run(run.first + start * stride, run.step, count, inner - start, gap)
 
 
 def _positions(unit: jax.Array, step: jax.Array, meta: ListMeta) -> jax.Array:

@@ -289,7 +289,6 @@ def _missing_for_mosaic(call: Call) -> str | None:
     """What keeps Mosaic's kernels from a call, if anything does."""
     dims = (call.query.shape[-1], call.value.shape[-1])
     offset, tile = call.query_offset, MOSAIC_ROWS
-    masks = ("segment_ids", "query_seq_lengths", "key_value_seq_lengths", "logits_soft_cap")
     reasons = {
         f"are for compute capability 9.0, got {(lowering.compute_capability() or 0) / 10}": (
             lowering.compute_capability() != 90
@@ -313,7 +312,7 @@ def _missing_for_mosaic(call: Call) -> str | None:
     reasons[f"take lengths of multiples of 8, got {lengths}"] = any(n % 8 for n in lengths)
     varying = lowering.varying((call.query, call.key, call.value))
     reasons["do not run inside shard_map with check_vma=True"] = bool(varying)
-    reasons |= {f"take no {name}": getattr(call, name) is not None for name in masks}
+    reasons["take no logits_soft_cap"] = call.logits_soft_cap is not None
     return next((reason for reason, applies in reasons.items() if applies), None)
 
 

@@ -50,6 +50,36 @@ CALLS = {
     ),
     "negative-scale": dataclasses.replace(BASE, scale=-0.3),
     "no-scale": dataclasses.replace(BASE, scale=0.0, q_len=296, kv_len=296),
+    "packed": dataclasses.replace(BASE, segments="packed", batch=2, head_dim=128),
+    "packed-in-any-order": dataclasses.replace(BASE, segments="shuffled", heads=3, kv_heads=3),
+    "packed-at-random": dataclasses.replace(BASE, segments="random", q_len=600, kv_len=600),
+    "packed-with-an-offset": dataclasses.replace(
+        BASE, segments="packed", query_offset=256, q_len=400, kv_len=656
+    ),
+    "packed-not-causal": dataclasses.replace(
+        BASE, pattern=s2_jax.local_stride(2, 3, causal=False), segments="padded"
+    ),
+    "packed-dense": dataclasses.replace(BASE, pattern=s2_jax.dense(), segments="packed"),
+    "packed-window": dataclasses.replace(BASE, segments="packed", window=200),
+    "packed-beyond-the-peak": dataclasses.replace(
+        BASE, pattern=s2_jax.dense(), segments="packed", scale=12.0
+    ),
+    "padded": dataclasses.replace(
+        BASE, batch=4, query_lengths=(1000, 130, 0, 641), kv_lengths=(1000, 130, 5, 700)
+    ),
+    "padded-keys": dataclasses.replace(BASE, batch=2, kv_lengths=(77, 1000), head_dim=128),
+    "padded-queries": dataclasses.replace(BASE, batch=2, query_lengths=(77, 1000)),
+    "padded-beyond-the-peak": dataclasses.replace(
+        BASE,
+        batch=2,
+        pattern=s2_jax.dense(),
+        scale=12.0,
+        query_lengths=(700, 1000),
+        kv_lengths=(700, 1000),
+    ),
+    "packed-and-padded": dataclasses.replace(
+        BASE, batch=2, segments="packed", query_lengths=(900, 1000), kv_lengths=(900, 1000)
+    ),
     "many-blocks": dataclasses.replace(
         BASE, pattern=s2_jax.local_stride(3, 5), q_len=3000, kv_len=3000, heads=5, kv_heads=1
     ),
@@ -153,6 +183,16 @@ def test_forward_and_dq_are_lowered(name, implementation):
 
 
 @needs_mosaic
+def test_segments_and_lengths_are_lowered():
+    lengths = jnp.asarray([1032, 40], jnp.int32)
+    for options in (
+        {"segment_ids": jnp.zeros((2, 1032), jnp.int32)},
+        {"query_seq_lengths": lengths, "key_value_seq_lengths": lengths},
+    ):
+        assert kernels_of(lowered(attention(**options), SHAPES)) == (2, 1)
+
+
+@needs_mosaic
 def test_triton_lowers_what_it_is_asked_for():
     assert kernels_of(lowered(attention("triton"), SHAPES)) == (0, 3)
 
@@ -162,9 +202,7 @@ def test_triton_lowers_what_it_is_asked_for():
     ("changes", "device"),
     [
         ({"logits_soft_cap": 20.0}, H100),
-        ({"segment_ids": jnp.zeros((2, 1032), jnp.int32)}, H100),
         ({"query_offset": 64}, H100),
-        ({"query_seq_lengths": jnp.ones((2,), jnp.int32)}, H100),
         ({"pattern": s2_jax.local_stride(2, 3, block_size=32)}, H100),
         ({}, A100),
         ({}, AbstractDevice(device_kind="NVIDIA B200", num_cores=148, platform="cuda")),
@@ -218,8 +256,6 @@ def test_what_it_cannot_do_is_refused():
     refused("query_offset known before, a multiple of 128", query_offset=64)
     refused(r"multiples of 8, got \(1032, 1031\)", shapes=[SHAPES[0], *[(2, 1031, 2, 128)] * 2])
     refused("no logits_soft_cap", logits_soft_cap=5.0)
-    refused("no segment_ids", segment_ids=jnp.zeros((2, 1032), jnp.int32))
-    refused("no key_value_seq_lengths", key_value_seq_lengths=jnp.ones((2,), jnp.int32))
 
 
 def test_without_a_gpu_it_is_refused():
