@@ -165,11 +165,15 @@ def _walk(
     """
     keys, value_dim = pipeline.key.shape[1], pipeline.value.shape[2]
 
-    def attend(at: At | None, carry: Carry, step: Any) -> Carry:
-        """at: of a step with a mask; None: the peak is pinned."""
+    def wait_for_key(step: Any) -> None:
+        mgpu.barrier_wait(pipeline.key_ready.at[pipeline.slot(step)])
+
+    def attend(at: At | None, carry: Carry, step: Any, end: Any) -> Carry:
+        """at: of a step with a mask; None: the peak is pinned. end: the key of the next step is
+        waited for already, while the products run, if there is one before `end`.
+        """
         out, peak, sums = carry
         slot = pipeline.slot(step)
-        mgpu.barrier_wait(pipeline.key_ready.at[slot])
 
         def multiply(products: Any) -> jax.Array:
             mgpu.wgmma(products, query, pipeline.key.at[slot].transpose((1, 0)))
@@ -195,14 +199,19 @@ def _walk(
         turns.arrive()
         mgpu.barrier_wait(pipeline.value_ready.at[slot])
         turns.wait()
-        out = pl.run_state(lambda sums: mgpu.wgmma(sums, narrow, pipeline.value.at[slot]))(
-            mgpu.ACC.init(out)
-        )
+
+        def add(sum_ref: Any) -> None:
+            mgpu.wgmma(sum_ref, narrow, pipeline.value.at[slot])
+            pl.when(step + i32(1) < end)(lambda: wait_for_key(step + i32(1)))
+
+        out = pl.run_state(add)(mgpu.ACC.init(out))
         mgpu.barrier_arrive(pipeline.value_used.at[slot])
         return out, peak, sums
 
     def masked(at: At, state: tuple[Carry, Any]) -> tuple[Carry, Any]:
-        return attend(at, *state), state[1] + i32(1)
+        carry, step = state
+        wait_for_key(step)
+        return attend(at, carry, step, end=step), step + i32(1)
 
     turns.begin(warpgroup)
     carry: Carry = hopper.zeros(value_dim), hopper.per_row(LOWEST), hopper.per_row(0.0)
@@ -211,7 +220,9 @@ def _walk(
         out, peak, sums = carry
         carry = out, jnp.where(sums > 0, peak, 0.0), sums
         end = step + tile.scalars.plain
-        carry = lax.fori_loop(step, end, lambda step, carry: attend(None, carry, step), carry)
+        pl.when(step < end)(lambda: wait_for_key(step))
+        body = functools.partial(attend, None, end=end)
+        carry = lax.fori_loop(step, end, lambda step, carry: body(carry, step), carry)
         step = end
     turns.end(warpgroup)
     return carry, step

@@ -116,7 +116,7 @@ def pick_tiles(
     if mosaic:
         tiles = dataclasses.replace(
             tiles,
-            forward=Tile(128, 128, 8, 2, lowering="mosaic"),
+            forward=Tile(128, *((64, 8, 4) if cut_short else (128, 8, 2)), lowering="mosaic"),
             dq=Tile(128, 64, 8, 3, lowering="mosaic"),
         )
     if gathers:
