@@ -30,6 +30,7 @@ WARPGROUPS, ROWS = 2, 64
 LAYOUT = mgpu.Layout.WGMMA  # how a warpgroup's registers hold what it multiplies
 # Registers of a thread that multiplies, and of one that fetches; all threads together have 65536.
 _MANY_REGISTERS, _FEW_REGISTERS = 240, 24
+_PROGRAM, _WARPGROUP = "s2_program", "s2_warpgroup"  # beside a mesh's own axes
 
 
 def i32(number: int) -> Any:
@@ -56,7 +57,10 @@ class Steps:
 
     def plain(self) -> jax.Array:
         """How many have no mask."""
-        count = lambda index, total: total + self._run(index, "inner").tiles  # noqa: E731
+
+        def count(index: Any, total: Any) -> Any:
+            return total + self._run(index, "inner").tiles
+
         return lax.fori_loop(*self._of_row("run"), count, i32(0))
 
     def visit_masked(self, body: Callable[[At, Any], Any], state: Any, everything: bool) -> Any:
@@ -71,10 +75,13 @@ class Steps:
 
         def some(step: Any, state: Any) -> Any:
             begin = start + step * i32(group)
-            at = lambda place: unit(begin + i32(place))  # noqa: E731
+
+            def at(place: int) -> tuple[Any, Any, Any]:
+                return unit(begin + i32(place))
+
             if span is None:
                 return body(at, state)
-            (first, *_), (last, *_) = unit(begin), unit(begin + i32(group - 1))
+            first, last = at(0)[0], at(group - 1)[0]
             matters = (last >= span.start) & (first < span.stop)
             return lax.cond(matters, lambda state: body(at, state), lambda state: state, state)
 
@@ -118,13 +125,13 @@ class Steps:
 
 
 class Scalars(NamedTuple):
-    """What of a tile comes from memory, or is made of it; int32.
+    """What a program knows of a tile; int32.
 
-    number: of the tile. row: of its lists. place: which 128 queries of the sequence it has. plain:
-    how many steps without masks. span: as of `Steps`.
+    round: how many tiles the program took before. row: of its lists. place: which 128 queries of
+    the sequence it has. plain: how many steps without masks. span: as of `Steps`.
     """
 
-    number: Any
+    round: Any
     row: Any
     place: Any
     plain: Any
@@ -133,9 +140,11 @@ class Scalars(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-    """Which tiles a program takes, one after the other: each as many further as there are programs.
+    """Which tiles a program takes, one after the other.
 
-    So one tile's keys are on their way while another one's results are still being written.
+    So one tile's keys are on their way while another one's results are still being written. In each
+    round all programs take one, in the order of their numbers or, every other round, the other way
+    round: the tiles of a head come longest first, and none gets only long ones.
     refs: of the lists, by name.
     """
 
@@ -155,10 +164,34 @@ class Schedule:
     def programs(self) -> int:
         return min(self.tiles, multiprocessors())
 
-    def at(self, number: Any) -> QueryTile:
-        """A tile by its number; any tile for a number past the end."""
-        number = jnp.minimum(number, i32(self.tiles - 1))
-        head, batch = self._head(number), self._batch(number)
+    def first(self) -> QueryTile:
+        return self._at(i32(0))
+
+    def after(self, tile: QueryTile) -> tuple[Any, QueryTile]:
+        """Whether the program takes another tile after this one, and that tile."""
+        following = tile.scalars.round + i32(1)
+        return self._number(following) < i32(self.tiles), self._at(following)
+
+    def visit(self, body: Callable[[QueryTile, Any], tuple[QueryTile, Any]]) -> None:
+        """Calls `body(tile, step) -> (next tile, step)` for each tile of this program."""
+        whole_rounds = i32(self.tiles // self.programs)
+        rest = jnp.where(self._number(whole_rounds) < i32(self.tiles), i32(1), i32(0))
+
+        def one(_: Any, carry: tuple[Scalars, Any]) -> tuple[Scalars, Any]:
+            following, step = body(self._tile(carry[0]), carry[1])
+            return following.scalars, step
+
+        lax.fori_loop(i32(0), whole_rounds + rest, one, (self.first().scalars, i32(0)))
+
+    def _number(self, round_: Any) -> Any:
+        """Of the tile that this program takes in a round."""
+        mine, last = lax.axis_index(_PROGRAM), i32(self.programs - 1)
+        mine = jnp.where(lax.rem(round_, i32(2)) > i32(0), last - mine, mine)
+        return round_ * i32(self.programs) + mine
+
+    def _at(self, round_: Any) -> QueryTile:
+        """The tile of a round; the last one where there is none."""
+        number, head, batch = self._place(round_)
         rank = lax.rem(number, i32(self.lists.num_tiles))
         pattern = self.refs["pattern_of_head"][batch, head]
         place = self.refs["order"][pattern, rank]
@@ -168,26 +201,10 @@ class Schedule:
             index = place - i32(self.settings.query_offset // MOSAIC_ROWS)
             span = Span(*(self.refs["spans"][batch, index, i32(end)] for end in range(4)))
         plain = Steps(self.refs, self.lists, row, span).plain()
-        return self._tile(Scalars(number, row, place, plain, span))
-
-    def after(self, tile: QueryTile) -> tuple[Any, QueryTile]:
-        """Whether the program takes another tile after this one, and that tile."""
-        number = tile.scalars.number + i32(self.programs)
-        return number < i32(self.tiles), self.at(number)
-
-    def visit(self, body: Callable[[QueryTile, Any], tuple[QueryTile, Any]], step: Any) -> None:
-        """Calls `body(tile, step) -> (next tile, step)` for each tile of this program."""
-        mine = lax.axis_index("program")
-        count = lax.div(i32(self.tiles + self.programs - 1) - mine, i32(self.programs))
-
-        def one(_: Any, carry: tuple[Scalars, Any]) -> tuple[Scalars, Any]:
-            following, step = body(self._tile(carry[0]), carry[1])
-            return following.scalars, step
-
-        lax.fori_loop(i32(0), count, one, (self.at(mine).scalars, step))
+        return self._tile(Scalars(round_, row, place, plain, span))
 
     def _tile(self, scalars: Scalars) -> QueryTile:
-        head, batch = self._head(scalars.number), self._batch(scalars.number)
+        _, head, batch = self._place(scalars.round)
         steps = Steps(self.refs, self.lists, scalars.row, scalars.span)
 
         def length(name: str, longest: int) -> Any:
@@ -198,11 +215,11 @@ class Schedule:
         lengths = length("q_length", self.q_len), length("kv_length", self.kv_len)
         return QueryTile(self.settings, self.lists, *lengths, head, batch, steps, scalars)
 
-    def _head(self, number: Any) -> Any:
-        return lax.rem(lax.div(number, i32(self.lists.num_tiles)), i32(self.heads))
-
-    def _batch(self, number: Any) -> Any:
-        return lax.div(number, i32(self.lists.num_tiles * self.heads))
+    def _place(self, round_: Any) -> tuple[Any, Any, Any]:
+        """Number, head and batch entry of the tile of a round."""
+        number = jnp.minimum(self._number(round_), i32(self.tiles - 1))
+        row = lax.div(number, i32(self.lists.num_tiles))
+        return number, lax.rem(row, i32(self.heads)), lax.div(row, i32(self.heads))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -349,7 +366,7 @@ class KeyRefs(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Turns:
-    """Two warpgroups that take turns at the tensor cores. barrier: None, and they do not."""
+    """Two warpgroups that take turns at the tensor cores."""
 
     barrier: Any
 
@@ -422,7 +439,7 @@ def call(
         lists_at = dict(zip(named, refs[number : number + len(named)], strict=True))
         mine = dataclasses.replace(schedule, refs=lists_at)
         sides = (*refs[:number], *refs[number + len(named) :])
-        warpgroup = lax.axis_index("warpgroup")
+        warpgroup = lax.axis_index(_WARPGROUP)
 
         @pl.when(warpgroup < i32(WARPGROUPS))
         def _() -> None:
@@ -435,16 +452,16 @@ def call(
             fetch(mine, sides, scratch)
 
     def kernel(*refs: Any) -> None:
-        pl.run_scoped(lambda scratch: body(refs, scratch), scratch, collective_axes="warpgroup")
+        pl.run_scoped(lambda scratch: body(refs, scratch), scratch, collective_axes=_WARPGROUP)
 
     kernel.__name__ = name
     results = mgpu.kernel(
         kernel,
         out_type=list(out_shape),
         grid=(schedule.programs,),
-        grid_names=("program",),
+        grid_names=(_PROGRAM,),
         num_threads=WARPGROUPS + 1,
-        thread_name="warpgroup",
+        thread_name=_WARPGROUP,
         compiler_params=mgpu.CompilerParams(approx_math=True),
     )(*flat)
     return list(results)

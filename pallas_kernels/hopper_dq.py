@@ -98,8 +98,8 @@ def dq(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Arr
             mgpu.copy_smem_to_gmem(outs, dq_ref.at[tile.batch, tile.rows(warpgroup), tile.head])
             return following, end
 
-        load(schedule.at(lax.axis_index("program")))
-        schedule.visit(take, i32(0))
+        load(schedule.first())
+        schedule.visit(take)
         mgpu.wait_smem_to_gmem(0)
 
     def fetch(schedule: Schedule, refs: Any, scratch: Any) -> None:
@@ -111,7 +111,7 @@ def dq(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Arr
             step = pipeline.feed(tile, keys, group, step, all_masked=False)
             return schedule.after(tile)[1], step
 
-        schedule.visit(take, i32(0))
+        schedule.visit(take)
 
     row_numbers, row_ids = (
         mgpu.SMEM((WARPGROUPS, ROWS), kind) for kind in (jnp.float32, jnp.int32)

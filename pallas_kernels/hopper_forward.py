@@ -103,8 +103,8 @@ def forward(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[ja
             mgpu.copy_smem_to_gmem(outs.at[warpgroup], o_ref.at[tile.batch, rows, tile.head])
             mgpu.copy_smem_to_gmem(lses.at[warpgroup], lse_ref.at[tile.batch, tile.head, rows])
 
-        load(schedule.at(lax.axis_index("program")))
-        schedule.visit(take, i32(0))
+        load(schedule.first())
+        schedule.visit(take)
         mgpu.wait_smem_to_gmem(0)
 
     def fetch(schedule: Schedule, refs: Any, scratch: Any) -> None:
@@ -121,7 +121,7 @@ def forward(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[ja
             feed_again = functools.partial(feed, all_masked=True)
             return following, lax.cond(again, feed_again, lambda step: step, step)
 
-        schedule.visit(take, i32(0))
+        schedule.visit(take)
 
     out_shape = [
         jax.ShapeDtypeStruct((batch, q_len, heads, value_dim), dtype),

@@ -40,6 +40,13 @@ CALLS = {
     "not-causal": dataclasses.replace(
         BASE, pattern=s2_jax.local_stride(2, 3, causal=False), q_len=456, kv_len=832
     ),
+    # More tiles than programs: each takes two or three.
+    "many-tiles": dataclasses.replace(
+        BASE, q_len=1496, kv_len=1496, batch=3, heads=9, kv_heads=3, head_dim=128
+    ),
+    "many-tiles-packed": dataclasses.replace(
+        BASE, q_len=1496, kv_len=1496, batch=3, heads=9, kv_heads=9, segments="packed"
+    ),
     "nothing-seen": dataclasses.replace(
         BASE, pattern=s2_jax.local_stride(1, 8) & s2_jax.token_window(100), q_len=640, kv_len=640
     ),
