@@ -20,9 +20,9 @@ BOTH_KINDS = pytest.mark.parametrize(
 )
 
 
-def attend(query, key, value, ids, implementation="interpret", **kwargs):
+def attend(query, key, value, ids, implementation="interpret", pattern=PATTERN, **kwargs):
     return s2_jax.s2_attention(
-        query, key, value, PATTERN, segment_ids=ids, implementation=implementation,
+        query, key, value, pattern, segment_ids=ids, implementation=implementation,
         tiles=SMALL_TILES if implementation == "interpret" else None, **kwargs,
     )  # fmt: skip
 
