@@ -172,16 +172,16 @@ class Schedule:
         following = tile.scalars.round + i32(1)
         return self._number(following) < i32(self.tiles), self._at(following)
 
-    def visit(self, body: Callable[[QueryTile, Any], tuple[QueryTile, Any]]) -> None:
-        """Calls `body(tile, step) -> (next tile, step)` for each tile of this program."""
+    def visit(self, body: Callable[[QueryTile, Any], tuple[QueryTile, Any]], state: Any) -> Any:
+        """Calls `body(tile, state) -> (next tile, state)` for each tile of this program."""
         whole_rounds = i32(self.tiles // self.programs)
         rest = jnp.where(self._number(whole_rounds) < i32(self.tiles), i32(1), i32(0))
 
         def one(_: Any, carry: tuple[Scalars, Any]) -> tuple[Scalars, Any]:
-            following, step = body(self._tile(carry[0]), carry[1])
-            return following.scalars, step
+            following, state = body(self._tile(carry[0]), carry[1])
+            return following.scalars, state
 
-        lax.fori_loop(i32(0), whole_rounds + rest, one, (self.first().scalars, i32(0)))
+        return lax.fori_loop(i32(0), whole_rounds + rest, one, (self.first().scalars, state))[1]
 
     def _number(self, round_: Any) -> Any:
         """Of the tile that this program takes in a round."""

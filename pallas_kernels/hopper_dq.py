@@ -99,7 +99,7 @@ def dq(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Arr
             return following, end
 
         load(schedule.first())
-        schedule.visit(take)
+        schedule.visit(take, i32(0))
         mgpu.wait_smem_to_gmem(0)
 
     def fetch(schedule: Schedule, refs: Any, scratch: Any) -> None:
@@ -111,7 +111,7 @@ def dq(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Arr
             step = pipeline.feed(tile, keys, group, step, all_masked=False)
             return schedule.after(tile)[1], step
 
-        schedule.visit(take)
+        schedule.visit(take, i32(0))
 
     row_numbers, row_ids = (
         mgpu.SMEM((WARPGROUPS, ROWS), kind) for kind in (jnp.float32, jnp.int32)

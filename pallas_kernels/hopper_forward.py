@@ -104,7 +104,7 @@ def forward(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[ja
             mgpu.copy_smem_to_gmem(lses.at[warpgroup], lse_ref.at[tile.batch, tile.head, rows])
 
         load(schedule.first())
-        schedule.visit(take)
+        schedule.visit(take, i32(0))
         mgpu.wait_smem_to_gmem(0)
 
     def fetch(schedule: Schedule, refs: Any, scratch: Any) -> None:
@@ -121,7 +121,7 @@ def forward(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[ja
             feed_again = functools.partial(feed, all_masked=True)
             return following, lax.cond(again, feed_again, lambda step: step, step)
 
-        schedule.visit(take)
+        schedule.visit(take, i32(0))
 
     out_shape = [
         jax.ShapeDtypeStruct((batch, q_len, heads, value_dim), dtype),
