@@ -315,6 +315,14 @@ class Pipeline:
     def stages(self) -> int:
         return int(self.key.shape[0])
 
+    def ids_at(self, slot: Any) -> jax.Array | None:
+        """The segment ids of the keys of a stage, int32 `[keys]`; None where there are none."""
+        if self.ids is None:
+            return None
+        ids = load_numbers(self.ids.at[slot], axis=1)
+        mgpu.commit_smem()  # read before the next copy into it, which is made by another unit
+        return ids
+
     def slot(self, step: Any) -> Any:
         return lax.rem(step, i32(self.stages))
 
@@ -407,6 +415,16 @@ def per_row(number: float) -> jax.Array:
     return mgpu.layout_cast(jnp.full((ROWS,), number, jnp.float32), LAYOUT.reduce(1))
 
 
+def add_product(settings: Settings, sums: jax.Array, a: jax.Array, b: Any) -> jax.Array:
+    """sums + a @ b, of registers and shared memory."""
+    if settings.launcher == "interpret":
+        values = b[...]
+        mgpu.commit_smem()  # read otherwise than the tensor cores do: before copies overwrite it
+        return sums + jnp.dot(a, values, preferred_element_type=jnp.float32)
+    added: jax.Array = pl.run_state(lambda ref: mgpu.wgmma(ref, a, b))(mgpu.ACC.init(sums))
+    return added
+
+
 def spread(rows: jax.Array, like: jax.Array) -> jax.Array:
     """A number a row as an array of rows."""
     return lax.broadcast_in_dim(rows, like.shape, [0])
@@ -432,7 +450,7 @@ def call(
     batch, q_len, heads, _ = arrays["query"].shape
     named = call_operands(settings, lists, arrays, list_arrays)
     flat = vary_alike([*operands, *named.values()])
-    number = len(operands)
+    number, interpret = len(operands), settings.launcher == "interpret"
     schedule = Schedule({}, settings, lists, heads, batch, q_len, arrays["key"].shape[1])
 
     def body(refs: tuple[Any, ...], scratch: Any) -> None:
@@ -443,12 +461,14 @@ def call(
 
         @pl.when(warpgroup < i32(WARPGROUPS))
         def _() -> None:
-            mgpu.set_max_registers(_MANY_REGISTERS, action="increase")
+            if not interpret:
+                mgpu.set_max_registers(_MANY_REGISTERS, action="increase")
             compute(mine, sides, scratch, warpgroup)
 
         @pl.when(warpgroup == i32(WARPGROUPS))
         def _() -> None:
-            mgpu.set_max_registers(_FEW_REGISTERS, action="decrease")
+            if not interpret:
+                mgpu.set_max_registers(_FEW_REGISTERS, action="decrease")
             fetch(mine, sides, scratch)
 
     def kernel(*refs: Any) -> None:
@@ -462,9 +482,14 @@ def call(
         grid_names=(_PROGRAM,),
         num_threads=WARPGROUPS + 1,
         thread_name=_WARPGROUP,
+        interpret=_interpreter() if interpret else None,
         compiler_params=mgpu.CompilerParams(approx_math=True),
     )(*flat)
     return list(results)
+
+
+def _interpreter() -> Any:
+    return mgpu.InterpretGPUParams(detect_races=True)  # type: ignore[attr-defined]  # JAX 0.10
 
 
 def segment_ids(arrays: Arrays) -> tuple[jax.Array, ...]:

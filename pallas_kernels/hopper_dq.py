@@ -55,9 +55,7 @@ def dq(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Arr
                 slot = pipeline.slot(step)
                 mgpu.barrier_wait(pipeline.key_ready.at[slot])
                 mgpu.barrier_wait(pipeline.value_ready.at[slot])
-                kv_ids = None
-                if at is not None and segments:
-                    kv_ids = hopper.load_numbers(pipeline.ids.at[slot], axis=1)
+                kv_ids = None if at is None else pipeline.ids_at(slot)
 
                 def grads_of_scores(products: Any, grad_weights: Any) -> jax.Array:
                     mgpu.wgmma(products, query, pipeline.key.at[slot].transpose((1, 0)))
@@ -75,10 +73,7 @@ def dq(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Arr
                 grad_scores = pl.run_scoped(grads_of_scores, products, products)
                 mgpu.barrier_arrive(pipeline.value_used.at[slot])
 
-                def multiply(sum_ref: Any) -> None:
-                    mgpu.wgmma(sum_ref, grad_scores, pipeline.key.at[slot])
-
-                sums = pl.run_state(multiply)(mgpu.ACC.init(sums))
+                sums = hopper.add_product(settings, sums, grad_scores, pipeline.key.at[slot])
                 mgpu.barrier_arrive(pipeline.key_used.at[slot])
                 return sums
 

@@ -182,10 +182,7 @@ def _walk(
 
         scores = pl.run_scoped(multiply, mgpu.ACC((ROWS, keys), jnp.float32))
         if at is not None:
-            kv_ids = None
-            if q_ids is not None:
-                kv_ids = hopper.load_numbers(pipeline.ids.at[slot], axis=1)
-            mask = tile.mask(at, warpgroup, q_ids, kv_ids)
+            mask = tile.mask(at, warpgroup, q_ids, pipeline.ids_at(slot))
         mgpu.barrier_arrive(pipeline.key_used.at[slot])
         if at is not None:
             scores = jnp.where(mask, scores, -jnp.inf)
@@ -200,11 +197,8 @@ def _walk(
         mgpu.barrier_wait(pipeline.value_ready.at[slot])
         turns.wait()
 
-        def add(sum_ref: Any) -> None:
-            mgpu.wgmma(sum_ref, narrow, pipeline.value.at[slot])
-            pl.when(step + i32(1) < end)(lambda: wait_for_key(step + i32(1)))
-
-        out = pl.run_state(add)(mgpu.ACC.init(out))
+        out = hopper.add_product(tile.settings, out, narrow, pipeline.value.at[slot])
+        pl.when(step + i32(1) < end)(lambda: wait_for_key(step + i32(1)))
         mgpu.barrier_arrive(pipeline.value_used.at[slot])
         return out, peak, sums
 

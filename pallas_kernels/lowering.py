@@ -22,7 +22,7 @@ warnings.filterwarnings("ignore", message="The Pallas Triton backend is deprecat
 # How a kernel is run: by XLA's Triton, in Pallas' interpreter, or by the official Triton.
 Launcher = Literal["pallas", "interpret", "jax_triton"]
 OLDEST_COMPUTE_CAPABILITY = 80
-FIRST_MOSAIC_JAX = (0, 11)
+FIRST_MOSAIC_JAX, FIRST_JAX_THAT_INTERPRETS = (0, 11), (0, 12)
 _H100_MULTIPROCESSORS = 132
 
 _ABSTRACT_KINDS = (

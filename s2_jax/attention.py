@@ -207,9 +207,9 @@ def _kernels(
             mosaic=mosaic,
         )
     elif tiles.mosaic:
-        if implementation not in (None, "mosaic"):
+        if implementation not in (None, "mosaic", "interpret"):
             raise ValueError(f"{implementation=} has no tiles of lowering='mosaic', got {tiles}")
-        _check_mosaic(call)
+        _check_mosaic(call, interpreted=implementation == "interpret")
     offset = call.query_offset if isinstance(call.query_offset, int) else None
     layouts = PatternLayouts(
         call.pattern, call.num_heads, call.num_kv_heads, offset or 0, call.q_limit, kv_len, tiles,
@@ -278,23 +278,26 @@ def choose(call: Call, implementation: str | None) -> str:
     return "kernels"
 
 
-def _check_mosaic(call: Call) -> None:
-    if missing := _missing_for_mosaic(call):
+def _check_mosaic(call: Call, interpreted: bool = False) -> None:
+    if missing := _missing_for_mosaic(call, interpreted):
         raise NotImplementedError(
             f'the kernels of implementation="mosaic" {missing}; None takes them where they can'
         )
 
 
-def _missing_for_mosaic(call: Call) -> str | None:
+def _missing_for_mosaic(call: Call, interpreted: bool = False) -> str | None:
     """What keeps Mosaic's kernels from a call, if anything does."""
     dims = (call.query.shape[-1], call.value.shape[-1])
-    offset, tile = call.query_offset, MOSAIC_ROWS
+    lengths = (call.query.shape[1], call.key.shape[1])
+    offset, capability = call.query_offset, lowering.compute_capability()
+    needed = lowering.FIRST_JAX_THAT_INTERPRETS if interpreted else lowering.FIRST_MOSAIC_JAX
     reasons = {
-        f"are for compute capability 9.0, got {(lowering.compute_capability() or 0) / 10}": (
-            lowering.compute_capability() != 90
+        f"are for compute capability 9.0, got {(capability or 0) / 10}": (
+            capability != 90 and not interpreted
         ),
-        f"need JAX 0.11 or newer, got {jax.__version__}": jax.__version_info__
-        < lowering.FIRST_MOSAIC_JAX,
+        f"need JAX {'.'.join(map(str, needed))} or newer, got {jax.__version__}": (
+            jax.__version_info__ < needed
+        ),
         f"take bfloat16 and float16, got {call.query.dtype}": (
             call.query.dtype not in (jnp.bfloat16, jnp.float16)
         ),
@@ -304,15 +307,15 @@ def _missing_for_mosaic(call: Call) -> str | None:
         f"take blocks of multiples of 64 tokens, got {call.pattern.block_size}": (
             call.pattern.block_size % 64 != 0
         ),
-        f"take a query_offset known before, a multiple of {tile}": (
-            not isinstance(offset, int) or offset % tile != 0
+        f"take lengths of multiples of 8, got {lengths}": any(n % 8 for n in lengths),
+        f"take a query_offset known before, a multiple of {MOSAIC_ROWS}": (
+            not isinstance(offset, int) or offset % MOSAIC_ROWS != 0
+        ),
+        "take no logits_soft_cap": call.logits_soft_cap is not None,
+        "do not run inside shard_map with check_vma=True": bool(
+            lowering.varying((call.query, call.key, call.value))
         ),
     }
-    lengths = (call.query.shape[1], call.key.shape[1])
-    reasons[f"take lengths of multiples of 8, got {lengths}"] = any(n % 8 for n in lengths)
-    varying = lowering.varying((call.query, call.key, call.value))
-    reasons["do not run inside shard_map with check_vma=True"] = bool(varying)
-    reasons["take no logits_soft_cap"] = call.logits_soft_cap is not None
     return next((reason for reason, applies in reasons.items() if applies), None)
 
 

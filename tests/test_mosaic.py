@@ -271,11 +271,18 @@ def test_without_a_gpu_it_is_refused():
         attention("mosaic")(*arrays)
 
 
-@pytest.mark.parametrize("implementation", ["triton", "interpret"])
-def test_its_tiles_are_for_it_alone(implementation):
+def test_its_tiles_are_not_for_triton():
     tiles = TileConfig(MOSAIC, MOSAIC, PLAIN)
     with pytest.raises(ValueError, match="has no tiles of lowering='mosaic'"):
-        lowered(attention(implementation, tiles=tiles), SHAPES)
+        lowered(attention("triton", tiles=tiles), SHAPES)
+
+
+@pytest.mark.skipif(jax.__version_info__ >= (0, 12), reason="newer ones interpret them")
+def test_an_old_jax_does_not_interpret_them():
+    tiles = TileConfig(MOSAIC, MOSAIC, PLAIN)
+    arrays = [jnp.zeros((1, 64, 1, 64), jnp.bfloat16)] * 3
+    with pytest.raises(NotImplementedError, match=r"need JAX 0.12 or newer, got 0\.1[01]"):
+        attention("interpret", tiles=tiles)(*arrays)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,60 @@
+"""Mosaic's kernels in Pallas' interpreter for GPUs, which also finds races and lost arrivals."""
+
+import dataclasses
+
+import jax
+import pytest
+from jax.sharding import AxisType
+
+import s2_jax
+from pallas_kernels import hopper
+from s2_jax import Tile, TileConfig
+from tests.calls import AttentionCall, check
+
+pytestmark = pytest.mark.skipif(
+    jax.__version_info__ < (0, 12), reason="older interpreters do not know all that is used"
+)
+TILES, WIDE = (
+    TileConfig(
+        Tile(128, keys, 8, 2, lowering="mosaic"),
+        Tile(128, 64, 8, 3, lowering="mosaic"),
+        Tile(64, 64, 4, 1),
+    )
+    for keys in (64, 128)
+)
+BASE = AttentionCall(
+    s2_jax.local_stride(1, 2), q_len=264, kv_len=264, heads=2, kv_heads=1, head_dim=64,
+    dtype="bfloat16", tiles=TILES,
+)  # fmt: skip
+CALLS = {
+    "groups": BASE,
+    "wide-steps": dataclasses.replace(BASE, tiles=WIDE, q_len=400, kv_len=400),
+    "batches": dataclasses.replace(BASE, batch=3, heads=1, dtype="float16", q_len=136, kv_len=136),
+    "head-dim-128": dataclasses.replace(BASE, head_dim=128, q_len=136, kv_len=136, heads=1),
+    "offset": dataclasses.replace(BASE, q_len=136, kv_len=264, query_offset=128),
+    "more-queries": dataclasses.replace(BASE, q_len=264, kv_len=72),
+    "nothing-seen": dataclasses.replace(
+        BASE, pattern=s2_jax.vertical_stride(2), heads=2, kv_heads=2
+    ),
+    "window": dataclasses.replace(BASE, window=100, window_joins="&"),
+    "packed": dataclasses.replace(BASE, segments="packed", pattern=s2_jax.dense()),
+    "padded": dataclasses.replace(
+        BASE, batch=2, heads=1, query_lengths=(264, 70), kv_lengths=(264, 70)
+    ),
+    # Everything is taken in again.
+    "beyond-the-peak": dataclasses.replace(
+        BASE, pattern=s2_jax.dense(), scale=12.0, q_len=264, kv_len=264, heads=1
+    ),
+    "beyond-the-peak-packed": dataclasses.replace(
+        BASE, pattern=s2_jax.dense(), scale=12.0, segments="packed", heads=1, tiles=WIDE
+    ),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_agrees_with_the_oracle(call, monkeypatch):
+    monkeypatch.setattr(hopper, "multiprocessors", lambda: 2)  # each takes several tiles
+    # Over one device nothing is split, and no rule for that is asked of the interpreter.
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        check(call, "interpret")
