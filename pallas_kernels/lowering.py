@@ -7,6 +7,7 @@ can still be lowered: inside `jax.sharding.use_abstract_mesh` with an abstract C
 from __future__ import annotations
 
 import importlib.util
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -24,6 +25,7 @@ Launcher = Literal["pallas", "interpret", "jax_triton"]
 OLDEST_COMPUTE_CAPABILITY = 80
 FIRST_MOSAIC_JAX, FIRST_JAX_THAT_INTERPRETS = (0, 11), (0, 12)
 _H100_MULTIPROCESSORS = 132
+_CUDA_THAT_ERRS = range(12080, 12091)  # from 12.8 to below 12.9.1
 
 _ABSTRACT_KINDS = (
     ("B200", 100),
@@ -63,7 +65,23 @@ def compute_capability() -> int | None:
 
 def has_mosaic() -> bool:
     """Whether kernels that Mosaic GPU lowers can run where a call traced now most likely does."""
-    return compute_capability() == 90 and jax.__version_info__ >= FIRST_MOSAIC_JAX
+    return (
+        compute_capability() == 90
+        and jax.__version_info__ >= FIRST_MOSAIC_JAX
+        and not compiler_errs()
+    )
+
+
+def compiler_errs() -> bool:
+    """Whether this is a CUDA whose compiler has been found to take masks of Mosaic's kernels wrong.
+
+    JAX's own (`jax.experimental.pallas.ops.gpu.attention_mgpu`) are refused there too.
+    """
+    if _abstract_device() is not None or target_platform() not in ("gpu", "cuda"):
+        return False
+    version = getattr(jax.local_devices(backend="gpu")[0].client, "platform_version", "")
+    found = re.search(r"cuda (\d+)", version)
+    return found is not None and int(found[1]) in _CUDA_THAT_ERRS
 
 
 def multiprocessors() -> int:

@@ -298,6 +298,7 @@ def _missing_for_mosaic(call: Call, interpreted: bool = False) -> str | None:
         f"need JAX {'.'.join(map(str, needed))} or newer, got {jax.__version__}": (
             jax.__version_info__ < needed
         ),
+        "need CUDA before 12.8, or 12.9.1 and newer": lowering.compiler_errs(),
         f"take bfloat16 and float16, got {call.query.dtype}": (
             call.query.dtype not in (jnp.bfloat16, jnp.float16)
         ),

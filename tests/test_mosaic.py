@@ -10,6 +10,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from jax.sharding import PartitionSpec as P
 
 import s2_jax
+from pallas_kernels import lowering
 from s2_jax import Tile, TileConfig
 from tests.calls import AttentionCall, check
 from tests.test_lowering import A100, H100
@@ -300,3 +301,26 @@ def test_tiles_of_no_known_lowering():
         Tile(128, 128, lowering="cuda")
     with pytest.raises(ValueError, match="lowering of dkv must be 'triton'"):
         TileConfig(MOSAIC, MOSAIC, MOSAIC)
+
+
+@pytest.mark.parametrize(
+    ("version", "errs"),
+    [("PJRT C API\ncuda 12090", True), ("cuda 12080", True), ("cuda 13000", False), ("", False)],
+)
+def test_a_compiler_is_known_by_its_version(version, errs, monkeypatch):
+    class Client:
+        platform_version = version
+
+    class Device:
+        client = Client
+
+    monkeypatch.setattr(lowering, "target_platform", lambda: "gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda backend: [Device])
+    assert lowering.compiler_errs() == errs
+
+
+@needs_mosaic
+def test_a_compiler_that_errs_is_not_asked(monkeypatch):
+    monkeypatch.setattr(lowering, "compiler_errs", lambda: True)
+    assert kernels_of(lowered(attention(), SHAPES)) == (0, 3)
+    refused("need CUDA before 12.8, or 12.9.1 and newer")
