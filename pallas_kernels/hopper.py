@@ -415,14 +415,32 @@ def per_row(number: float) -> jax.Array:
     return mgpu.layout_cast(jnp.full((ROWS,), number, jnp.float32), LAYOUT.reduce(1))
 
 
-def add_product(settings: Settings, sums: jax.Array, a: jax.Array, b: Any) -> jax.Array:
-    """sums + a @ b, of registers and shared memory."""
+def add_product(
+    settings: Settings,
+    sums: jax.Array,
+    a: jax.Array,
+    b: Any,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> jax.Array:
+    """sums + a @ b, of registers and shared memory. meanwhile: what else to do while it is made."""
     if settings.launcher == "interpret":
+        meanwhile()
         values = b[...]
         mgpu.commit_smem()  # read otherwise than the tensor cores do: before copies overwrite it
         return sums + jnp.dot(a, values, preferred_element_type=jnp.float32)
-    added: jax.Array = pl.run_state(lambda ref: mgpu.wgmma(ref, a, b))(mgpu.ACC.init(sums))
+
+    def multiply(sum_ref: Any) -> None:
+        mgpu.wgmma(sum_ref, a, b)
+        meanwhile()
+
+    added: jax.Array = pl.run_state(multiply)(mgpu.ACC.init(sums))
     return added
+
+
+def blank(rows: jax.Array, which: jax.Array) -> jax.Array:
+    """Rows, but for some zeros."""
+    some = spread(jnp.where(which, 1.0, 0.0), rows)  # Mosaic spreads no bools
+    return jnp.where(some > 0, 0.0, rows)
 
 
 def spread(rows: jax.Array, like: jax.Array) -> jax.Array:
@@ -495,6 +513,16 @@ def _interpreter() -> Any:
 def segment_ids(arrays: Arrays) -> tuple[jax.Array, ...]:
     """Those of queries and of keys, as copies want them; nothing where there are none."""
     return tuple(padded(arrays[name], 0) for name in ("q_ids", "kv_ids") if name in arrays)
+
+
+def keys_that_count(arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+    """Keys and values, zeros for padding: a weight of zero would not make a NaN in it a zero."""
+    key, value = arrays["key"], arrays["value"]
+    if "kv_length" not in arrays:
+        return key, value
+    counts = jnp.arange(key.shape[1], dtype=jnp.int32)[None] < arrays["kv_length"][:, None]
+    key, value = (jnp.where(counts[..., None, None], x, jnp.zeros_like(x)) for x in (key, value))
+    return key, value
 
 
 def whole_tiles(rows: int) -> int:

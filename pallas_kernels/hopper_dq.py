@@ -17,7 +17,8 @@ from pallas_kernels.hopper import ROWS, WARPGROUPS, At, KeyRefs, Pipeline, Query
 
 def dq(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Array]:
     """As `backward.dq`."""
-    query, key, value, grad_out = (arrays[name] for name in ("query", "key", "value", "grad_out"))
+    query, grad_out = arrays["query"], arrays["grad_out"]
+    key, value = hopper.keys_that_count(arrays)
     dtype, value_dim = query.dtype, value.shape[-1]
     heads, head_dim = query.shape[2:]
     tile_shape, lists = settings.tiles.dq, settings.layouts.dq()
@@ -84,6 +85,8 @@ def dq(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Arr
             sums, step = tile.steps.visit_masked(masked, state, everything=False)
             end = step + tile.scalars.plain
             sums = lax.fori_loop(step, end, lambda step, sums: add(None, sums, step), sums)
+            if "q_length" in schedule.refs:
+                sums = hopper.blank(sums, tile.padding(warpgroup))
             more, following = schedule.after(tile)
             mgpu.commit_smem()  # all of the warpgroup have done with what it loaded
             pl.when(more)(lambda: load(following))

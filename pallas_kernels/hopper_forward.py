@@ -39,7 +39,7 @@ Carry = tuple[jax.Array, jax.Array, jax.Array]
 
 def forward(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Array, jax.Array]:
     """As `forward.forward`."""
-    query, key, value = (arrays[name] for name in ("query", "key", "value"))
+    query, (key, value) = arrays["query"], hopper.keys_that_count(arrays)
     batch, q_len, heads, head_dim = query.shape
     dtype, value_dim, group = query.dtype, value.shape[-1], heads // key.shape[2]
     tile_shape, lists = settings.tiles.forward, settings.layouts.forward()
@@ -93,8 +93,7 @@ def forward(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[ja
             lse = jnp.where(seen, lse, -jnp.inf)
             if padding is not None:
                 lse = jnp.where(padding, -jnp.inf, lse)
-                unasked = hopper.spread(jnp.where(padding, 1.0, 0.0), out)  # no bools are spread
-                out = jnp.where(unasked > 0, 0.0, out)
+                out = hopper.blank(out, padding)
             mgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the tile before
             outs.at[warpgroup][...] = out.astype(dtype)
             lses.at[warpgroup][...] = lse
@@ -197,8 +196,12 @@ def _walk(
         mgpu.barrier_wait(pipeline.value_ready.at[slot])
         turns.wait()
 
-        out = hopper.add_product(tile.settings, out, narrow, pipeline.value.at[slot])
-        pl.when(step + i32(1) < end)(lambda: wait_for_key(step + i32(1)))
+        def wait_for_next() -> None:
+            pl.when(step + i32(1) < end)(lambda: wait_for_key(step + i32(1)))
+
+        out = hopper.add_product(
+            tile.settings, out, narrow, pipeline.value.at[slot], meanwhile=wait_for_next
+        )
         mgpu.barrier_arrive(pipeline.value_used.at[slot])
         return out, peak, sums
 

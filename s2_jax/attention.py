@@ -206,6 +206,8 @@ def _kernels(
             compute_capability=lowering.compute_capability() or 90,
             mosaic=mosaic,
         )
+    elif implementation == "mosaic" and not tiles.mosaic:
+        raise ValueError(f"{implementation=} has tiles of lowering='mosaic', got {tiles}")
     elif tiles.mosaic:
         if implementation not in (None, "mosaic", "interpret"):
             raise ValueError(f"{implementation=} has no tiles of lowering='mosaic', got {tiles}")
@@ -290,6 +292,10 @@ def _missing_for_mosaic(call: Call, interpreted: bool = False) -> str | None:
     dims = (call.query.shape[-1], call.value.shape[-1])
     lengths = (call.query.shape[1], call.key.shape[1])
     offset, capability = call.query_offset, lowering.compute_capability()
+    masks = (
+        call.segment_ids, call.kv_segment_ids, call.query_seq_lengths, call.key_value_seq_lengths
+    )  # fmt: skip
+    arrays = [x for x in (call.query, call.key, call.value, *masks) if x is not None]
     needed = lowering.FIRST_JAX_THAT_INTERPRETS if interpreted else lowering.FIRST_MOSAIC_JAX
     reasons = {
         f"are for compute capability 9.0, got {(capability or 0) / 10}": (
@@ -313,9 +319,7 @@ def _missing_for_mosaic(call: Call, interpreted: bool = False) -> str | None:
             not isinstance(offset, int) or offset % MOSAIC_ROWS != 0
         ),
         "take no logits_soft_cap": call.logits_soft_cap is not None,
-        "do not run inside shard_map with check_vma=True": bool(
-            lowering.varying((call.query, call.key, call.value))
-        ),
+        "do not run inside shard_map with check_vma=True": bool(lowering.varying(arrays)),
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
 

@@ -290,3 +290,21 @@ def check(call: AttentionCall, implementation: str) -> None:
         tolerance = eps * np.abs(np.nan_to_num(oracle[name], neginf=0.0)).max(initial=1e-6)
         got = np.asarray(reference[name], np.float64)
         np.testing.assert_allclose(got, oracle[name], rtol=0, atol=tolerance, err_msg=name)
+
+
+def with_nan_in_the_padding(call: AttentionCall) -> dict[str, np.ndarray]:
+    """The inputs of a call with lengths."""
+    assert call.query_lengths is not None
+    assert call.kv_lengths is not None
+    inputs = {name: array.copy() for name, array in call.inputs().items()}
+    for row, (queries, keys) in enumerate(zip(call.query_lengths, call.kv_lengths)):
+        for name, stop in (("query", queries), ("d_out", queries), ("key", keys), ("value", keys)):
+            inputs[name][row, stop:] = np.nan
+    return inputs
+
+
+def assert_padding_reaches_nothing(call: AttentionCall, implementation: str) -> None:
+    clean = call.run(implementation)
+    poisoned = call.run(implementation, **with_nan_in_the_padding(call))
+    for name in clean:
+        np.testing.assert_allclose(poisoned[name], clean[name], rtol=1e-6, err_msg=name)

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 import s2_jax
-from tests.calls import AttentionCall, check, small_tiles
+from tests.calls import (
+    AttentionCall,
+    assert_padding_reaches_nothing,
+    check,
+    small_tiles,
+    with_nan_in_the_padding,
+)
 
 S2_16 = s2_jax.local_stride(2, 3, block_size=16)
 S2_16_BOTH = s2_jax.local_stride(2, 3, block_size=16, causal=False)
@@ -155,10 +161,7 @@ def test_padding_and_neighbours_change_no_bit(kernels):
         query_lengths=(150, 211, 64), kv_lengths=(150, 200, 211), **LONG,
     )  # fmt: skip
     clean = call.run(kernels)
-    inputs = {name: array.copy() for name, array in call.inputs().items()}
-    for row, (queries, keys) in enumerate(zip(call.query_lengths, call.kv_lengths)):
-        for name, stop in (("query", queries), ("d_out", queries), ("key", keys), ("value", keys)):
-            inputs[name][row, stop:] = np.nan
+    inputs = with_nan_in_the_padding(call)
     poisoned = call.run(kernels, **inputs)
     for name in clean:
         assert clean[name].tobytes() == poisoned[name].tobytes(), name
@@ -171,14 +174,7 @@ def test_padding_and_neighbours_change_no_bit(kernels):
 
 def test_nan_in_the_padding_reaches_nothing(implementation):
     """Nor does one in the gradient of a padded query's output."""
-    call = CALLS["lengths"]
-    inputs = {name: array.copy() for name, array in call.inputs().items()}
-    for row, (queries, keys) in enumerate(zip(call.query_lengths, call.kv_lengths)):
-        for name, stop in (("query", queries), ("d_out", queries), ("key", keys), ("value", keys)):
-            inputs[name][row, stop:] = np.nan
-    clean, poisoned = call.run(implementation), call.run(implementation, **inputs)
-    for name in clean:
-        np.testing.assert_allclose(poisoned[name], clean[name], rtol=1e-6, err_msg=name)
+    assert_padding_reaches_nothing(CALLS["lengths"], implementation)
 
 
 def test_padding_gets_zeros(implementation):

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 import s2_jax
 from pallas_kernels import lowering
 from s2_jax import Tile, TileConfig
-from tests.calls import AttentionCall, check
+from tests.calls import AttentionCall, assert_padding_reaches_nothing, check
 from tests.test_lowering import A100, H100
 
 S2 = s2_jax.local_stride(2, 3)
@@ -149,6 +149,13 @@ def test_what_is_not_finite_stays_in_its_rows(bad):
 
 @pytest.mark.gpu
 @needs_mosaic
+@pytest.mark.parametrize("name", ["padded", "packed-and-padded"])
+def test_nan_in_the_padding_reaches_nothing(name):
+    assert_padding_reaches_nothing(CALLS[name], "mosaic")
+
+
+@pytest.mark.gpu
+@needs_mosaic
 def test_the_same_call_gives_the_same_bits():
     call = dataclasses.replace(BASE, head_dim=128, heads=8, kv_heads=8, q_len=2048, kv_len=2048)
     first, second = (call.run("mosaic") for _ in range(2))
@@ -256,6 +263,24 @@ def refused(
 
 
 @needs_mosaic
+@pytest.mark.parametrize("name", ["segment_ids", "key_value_seq_lengths"])
+def test_what_varies_inside_shard_map_may_be_a_mask_alone(name):
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = AbstractMesh((2,), ("data",), axis_types=auto, abstract_device=H100)
+
+    def attend(q, k, v, mask):
+        return s2_jax.s2_attention(q, k, v, S2, **{name: mask})
+
+    attend = jax.shard_map(
+        attend, mesh=mesh, in_specs=(P(), P(), P(), P("data")), out_specs=P("data")
+    )
+    mask = jnp.ones((2, 1032) if name == "segment_ids" else (2,), jnp.int32)
+    shapes = [(1, *shape[1:]) for shape in SHAPES]
+    text = lowered(lambda *arrays: attend(*arrays, mask), shapes, mesh=mesh)
+    assert kernels_of(text) == (0, 3)
+
+
+@needs_mosaic
 def test_what_it_cannot_do_is_refused():
     refused("compute capability 9.0, got 8.0", device=A100)
     refused("bfloat16 and float16, got float32", dtype="float32")
@@ -270,6 +295,11 @@ def test_without_a_gpu_it_is_refused():
     arrays = [jnp.zeros((1, 64, 1, 64), jnp.bfloat16)] * 3
     with pytest.raises(ValueError, match='"mosaic" needs an NVIDIA GPU'):
         attention("mosaic")(*arrays)
+
+
+def test_tiles_of_triton_alone_are_not_for_it():
+    tiles = TileConfig(PLAIN, PLAIN, PLAIN)
+    refused("has tiles of lowering='mosaic'", ValueError, tiles=tiles)
 
 
 def test_its_tiles_are_not_for_triton():

@@ -9,7 +9,7 @@ from jax.sharding import AxisType
 import s2_jax
 from pallas_kernels import hopper
 from s2_jax import Tile, TileConfig
-from tests.calls import AttentionCall, check
+from tests.calls import AttentionCall, assert_padding_reaches_nothing, check
 
 pytestmark = pytest.mark.skipif(
     jax.__version_info__ < (0, 12), reason="older interpreters do not know all that is used"
@@ -51,10 +51,19 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
-def test_agrees_with_the_oracle(call, monkeypatch):
-    monkeypatch.setattr(hopper, "multiprocessors", lambda: 2)  # each takes several tiles
-    # Over one device nothing is split, and no rule for that is asked of the interpreter.
+@pytest.fixture(autouse=True)
+def over_one_device(monkeypatch):
+    """Nothing is split there, and no rule for that is asked of the interpreter."""
     mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+    monkeypatch.setattr(hopper, "multiprocessors", lambda: 2)  # each takes several tiles
     with jax.set_mesh(mesh):
-        check(call, "interpret")
+        yield
+
+
+def test_nan_in_the_padding_reaches_nothing():
+    assert_padding_reaches_nothing(CALLS["padded"], "interpret")
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
+def test_agrees_with_the_oracle(call):
+    check(call, "interpret")
