@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,272 +19,17 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mgpu
 
-from pallas_kernels.block_lists import COUNT_BITS, MAX_COUNT, BlockLists
+from pallas_kernels.block_lists import BlockLists
 from pallas_kernels.call import Arrays, Settings
 from pallas_kernels.call import operands as call_operands
-from pallas_kernels.lowering import multiprocessors, vary_alike
+from pallas_kernels.hopper_tiles import LAYOUT, PROGRAM, ROWS, At, QueryTile, Schedule, i32, spread
+from pallas_kernels.lowering import vary_alike
 from pallas_kernels.tiles import MOSAIC_ROWS, Tile
-from pallas_kernels.walk import Run, Span, clip
 
-WARPGROUPS, ROWS = 2, 64
-LAYOUT = mgpu.Layout.WGMMA  # how a warpgroup's registers hold what it multiplies
+WARPGROUPS = 2
 # Registers of a thread that multiplies, and of one that fetches; all threads together have 65536.
 _MANY_REGISTERS, _FEW_REGISTERS = 240, 24
-_PROGRAM, _WARPGROUP = "s2_program", "s2_warpgroup"  # beside a mesh's own axes
-
-
-def i32(number: int) -> Any:
-    return jnp.int32(number)
-
-
-Part = Literal["inner", "outer", "all"]
-At = Callable[[int], tuple[Any, Any, Any]]
-"""Of a unit of a step, by its place in it: its number, which parts of the queries see it, and
-whether it exists at all."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Steps:
-    """The tiles of keys that a program takes, each one step: those with masks first.
-
-    refs: of `BlockLists`, by name. span: what of the row matters; None: all of it.
-    """
-
-    refs: dict[str, Any]
-    lists: BlockLists
-    row: Any
-    span: Span | None
-
-    def plain(self) -> jax.Array:
-        """How many have no mask."""
-
-        def count(index: Any, total: Any) -> Any:
-            return total + self._run(index, "inner").tiles
-
-        return lax.fori_loop(*self._of_row("run"), count, i32(0))
-
-    def visit_masked(self, body: Callable[[At, Any], Any], state: Any, everything: bool) -> Any:
-        """`body(at, state) -> state` for each step that has a mask. everything: for all."""
-        group, span, partial = self.lists.group, self.span, self.refs["partial"]
-        start, stop = self._of_row("partial")
-
-        def unit(index: Any) -> Any:
-            # There is always an entry to read, though it may be another row's.
-            entry = partial[jnp.maximum(jnp.minimum(index, stop - i32(1)), i32(0))]
-            return lax.shift_right_logical(entry, i32(self.lists.rows)), entry, index < stop
-
-        def some(step: Any, state: Any) -> Any:
-            begin = start + step * i32(group)
-
-            def at(place: int) -> tuple[Any, Any, Any]:
-                return unit(begin + i32(place))
-
-            if span is None:
-                return body(at, state)
-            first, last = at(0)[0], at(group - 1)[0]
-            matters = (last >= span.start) & (first < span.stop)
-            return lax.cond(matters, lambda state: body(at, state), lambda state: state, state)
-
-        state = lax.fori_loop(i32(0), _tiles(stop - start, group), some, state)
-        if span is None and not everything:
-            return state
-        return self._visit_runs(body, state, "all" if everything else "outer")
-
-    def visit_plain(self, body: Callable[[At, Any], Any], state: Any) -> Any:
-        """The same for each step that has none."""
-        return self._visit_runs(body, state, "inner")
-
-    def _visit_runs(self, body: Callable[[At, Any], Any], state: Any, part: Part) -> Any:
-        seen = i32((1 << self.lists.rows) - 1), True
-
-        def of_run(index: Any, state: Any) -> Any:
-            run = self._run(index, part)
-
-            def tile(i: Any, state: Any) -> Any:
-                first = run.unit(i, self.lists.group)
-                return body(lambda place: (first + run.step * i32(place), *seen), state)
-
-            return lax.fori_loop(i32(0), run.tiles, tile, state)
-
-        return lax.fori_loop(*self._of_row("run"), of_run, state)
-
-    def _run(self, index: Any, part: Part) -> Run:
-        first, word = self.refs["runs"][index, 0], self.refs["runs"][index, 1]
-        count = word & i32(MAX_COUNT)
-        run = Run(first, lax.shift_right_logical(word, i32(COUNT_BITS)), count)
-        if self.span is None:
-            return run
-        span = self.span
-        if part == "all":
-            span = span._replace(inner=i32(0), inner_stop=i32(0))
-        return clip(run, span, "inner" if part == "inner" else "outer", self.lists.group)
-
-    def _of_row(self, kind: Literal["run", "partial"]) -> tuple[Any, Any]:
-        starts = self.refs[f"{kind}_start"]
-        return starts[self.row], starts[self.row + i32(1)]
-
-
-class Scalars(NamedTuple):
-    """What a program knows of a tile; int32.
-
-    round: how many tiles the program took before. row: of its lists. place: which 128 queries of
-    the sequence it has. plain: how many steps without masks. span: as of `Steps`.
-    """
-
-    round: Any
-    row: Any
-    place: Any
-    plain: Any
-    span: Span | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """Which tiles a program takes, one after the other.
-
-    So one tile's keys are on their way while another one's results are still being written. In each
-    round all programs take one, in the order of their numbers or, every other round, the other way
-    round: the tiles of a head come longest first, and none gets only long ones.
-    refs: of the lists, by name.
-    """
-
-    refs: dict[str, Any]
-    settings: Settings
-    lists: BlockLists
-    heads: int
-    batch: int
-    q_len: int
-    kv_len: int
-
-    @property
-    def tiles(self) -> int:
-        return self.lists.num_tiles * self.heads * self.batch
-
-    @property
-    def programs(self) -> int:
-        return min(self.tiles, multiprocessors())
-
-    def first(self) -> QueryTile:
-        return self._at(i32(0))
-
-    def after(self, tile: QueryTile) -> tuple[Any, QueryTile]:
-        """Whether the program takes another tile after this one, and that tile."""
-        following = tile.scalars.round + i32(1)
-        return self._number(following) < i32(self.tiles), self._at(following)
-
-    def visit(self, body: Callable[[QueryTile, Any], tuple[QueryTile, Any]], state: Any) -> Any:
-        """Calls `body(tile, state) -> (next tile, state)` for each tile of this program."""
-        whole_rounds = i32(self.tiles // self.programs)
-        rest = jnp.where(self._number(whole_rounds) < i32(self.tiles), i32(1), i32(0))
-
-        def one(_: Any, carry: tuple[Scalars, Any]) -> tuple[Scalars, Any]:
-            following, state = body(self._tile(carry[0]), carry[1])
-            return following.scalars, state
-
-        return lax.fori_loop(i32(0), whole_rounds + rest, one, (self.first().scalars, state))[1]
-
-    def _number(self, round_: Any) -> Any:
-        """Of the tile that this program takes in a round."""
-        mine, last = lax.axis_index(_PROGRAM), i32(self.programs - 1)
-        mine = jnp.where(lax.rem(round_, i32(2)) > i32(0), last - mine, mine)
-        return round_ * i32(self.programs) + mine
-
-    def _at(self, round_: Any) -> QueryTile:
-        """The tile of a round; the last one where there is none."""
-        number, head, batch = self._place(round_)
-        rank = lax.rem(number, i32(self.lists.num_tiles))
-        pattern = self.refs["pattern_of_head"][batch, head]
-        place = self.refs["order"][pattern, rank]
-        row, span = pattern * i32(self.lists.num_tiles) + rank, None
-        if "spans" in self.refs:
-            assert self.settings.query_offset is not None
-            index = place - i32(self.settings.query_offset // MOSAIC_ROWS)
-            span = Span(*(self.refs["spans"][batch, index, i32(end)] for end in range(4)))
-        plain = Steps(self.refs, self.lists, row, span).plain()
-        return self._tile(Scalars(round_, row, place, plain, span))
-
-    def _tile(self, scalars: Scalars) -> QueryTile:
-        _, head, batch = self._place(scalars.round)
-        steps = Steps(self.refs, self.lists, scalars.row, scalars.span)
-
-        def length(name: str, longest: int) -> Any:
-            if name not in self.refs:
-                return i32(longest)
-            return jnp.minimum(jnp.maximum(self.refs[name][batch], i32(0)), i32(longest))
-
-        lengths = length("q_length", self.q_len), length("kv_length", self.kv_len)
-        return QueryTile(self.settings, self.lists, *lengths, head, batch, steps, scalars)
-
-    def _place(self, round_: Any) -> tuple[Any, Any, Any]:
-        """Number, head and batch entry of the tile of a round."""
-        number = jnp.minimum(self._number(round_), i32(self.tiles - 1))
-        row = lax.div(number, i32(self.lists.num_tiles))
-        return number, lax.rem(row, i32(self.heads)), lax.div(row, i32(self.heads))
-
-
-@dataclasses.dataclass(frozen=True)
-class QueryTile:
-    """The queries that a program has at a time. q_length, kv_length: tokens that count."""
-
-    settings: Settings
-    lists: BlockLists
-    q_length: Any
-    kv_length: Any
-    head: Any
-    batch: Any
-    steps: Steps
-    scalars: Scalars
-
-    def rows(self, warpgroup: Any) -> Any:
-        """The queries of a warpgroup, for an index into an array."""
-        assert self.settings.query_offset is not None
-        return pl.ds(self._position(warpgroup) - i32(self.settings.query_offset), ROWS)
-
-    def _position(self, warpgroup: Any) -> Any:
-        """Of its first query in the sequence."""
-        return self.scalars.place * i32(MOSAIC_ROWS) + warpgroup * i32(ROWS)
-
-    def mask(self, at: At, warpgroup: Any, q_ids: Any, kv_ids: Any) -> jax.Array:
-        """Which of the keys of a step each query of a warpgroup sees.
-
-        q_ids, kv_ids: of segments, `[rows]` and `[keys]`; None where there are none.
-        """
-        lists, window = self.lists, self.settings.window
-        shape = (ROWS, lists.unit * lists.group)
-        row, column = (
-            mgpu.broadcasted_iota(jnp.int32, shape, axis, layout=LAYOUT) for axis in (0, 1)
-        )
-        query = row + self._position(warpgroup)
-        part = lax.div(warpgroup * i32(ROWS * lists.rows), i32(MOSAIC_ROWS))
-        mask: Any = None
-        for place in range(lists.group):
-            unit, bits, exists = at(place)
-            key = column + (unit - i32(place)) * i32(lists.unit)
-            listed = lax.rem(lax.shift_right_logical(bits, part), i32(2)) > i32(0)
-            end = self.kv_length if exists is True else jnp.where(exists, self.kv_length, i32(0))
-            listed_end = jnp.where(listed, end, i32(0))
-            inside = (column >= i32(place * lists.unit)) & (column < i32((place + 1) * lists.unit))
-            inside &= key < (end if window is not None and window.adds else listed_end)
-            if window is not None:
-                near = query - key < i32(window.size)
-                if window.adds or not self.settings.causal:
-                    near &= key - query < i32(window.size)
-                if window.adds:
-                    near |= key < listed_end
-                inside &= near
-            if self.settings.causal:
-                inside &= key <= query
-            mask = inside if mask is None else mask | inside
-        if q_ids is not None:
-            mask &= spread(q_ids, mask) == lax.broadcast_in_dim(kv_ids, mask.shape, [1])
-        return mask
-
-    def padding(self, warpgroup: Any) -> jax.Array:
-        """Which of a warpgroup's queries do not count, `[rows]`."""
-        row = mgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=LAYOUT.reduce(1))
-        assert self.settings.query_offset is not None
-        first = self._position(warpgroup) - i32(self.settings.query_offset)
-        return row + first >= self.q_length
+_WARPGROUP = "s2_warpgroup"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -443,11 +188,6 @@ def blank(rows: jax.Array, which: jax.Array) -> jax.Array:
     return jnp.where(some > 0, 0.0, rows)
 
 
-def spread(rows: jax.Array, like: jax.Array) -> jax.Array:
-    """A number a row as an array of rows."""
-    return lax.broadcast_in_dim(rows, like.shape, [0])
-
-
 def call(
     name: str,
     compute: Callable[..., None],
@@ -497,7 +237,7 @@ def call(
         kernel,
         out_type=list(out_shape),
         grid=(schedule.programs,),
-        grid_names=(_PROGRAM,),
+        grid_names=(PROGRAM,),
         num_threads=WARPGROUPS + 1,
         thread_name=_WARPGROUP,
         interpret=_interpreter() if interpret else None,
@@ -535,7 +275,3 @@ def padded(rows: jax.Array, value: float) -> jax.Array:
     more = whole_tiles(rows.shape[-1]) - rows.shape[-1]
     widths = [(0, 0)] * (rows.ndim - 1) + [(0, more)]
     return jnp.pad(rows, widths, constant_values=np.asarray(value, rows.dtype))
-
-
-def _tiles(units: Any, group: int) -> Any:
-    return lax.div(units + i32(group - 1), i32(group))

@@ -12,7 +12,8 @@ from jax.experimental.pallas import mosaic_gpu as mgpu
 
 from pallas_kernels import hopper
 from pallas_kernels.call import Arrays, Settings
-from pallas_kernels.hopper import ROWS, WARPGROUPS, At, KeyRefs, Pipeline, QueryTile, Schedule, i32
+from pallas_kernels.hopper import WARPGROUPS, KeyRefs, Pipeline
+from pallas_kernels.hopper_tiles import ROWS, At, QueryTile, Schedule, i32, spread
 
 
 def dq(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Array]:
@@ -65,10 +66,10 @@ def dq(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Arr
                     if at is not None:
                         mask = tile.mask(at, warpgroup, my_ids[0] if segments else None, kv_ids)
                         scores = jnp.where(mask, scores, -jnp.inf)
-                    weights = jnp.exp2(scores * scale - hopper.spread(lse, scores))
+                    weights = jnp.exp2(scores * scale - spread(lse, scores))
                     weights = lax.optimization_barrier(weights)  # while the other product runs
                     grads = mgpu.wgmma_accumulator_load(grad_weights, wait_n=0)
-                    return (weights * (grads - hopper.spread(delta, grads))).astype(dtype)
+                    return (weights * (grads - spread(delta, grads))).astype(dtype)
 
                 products = mgpu.ACC((ROWS, keys), jnp.float32)
                 grad_scores = pl.run_scoped(grads_of_scores, products, products)

@@ -14,17 +14,8 @@ from jax.experimental.pallas import mosaic_gpu as mgpu
 
 from pallas_kernels import hopper
 from pallas_kernels.call import Arrays, Settings
-from pallas_kernels.hopper import (
-    ROWS,
-    WARPGROUPS,
-    At,
-    KeyRefs,
-    Pipeline,
-    QueryTile,
-    Schedule,
-    Turns,
-    i32,
-)
+from pallas_kernels.hopper import WARPGROUPS, KeyRefs, Pipeline, Turns
+from pallas_kernels.hopper_tiles import ROWS, At, QueryTile, Schedule, i32, spread
 from pallas_kernels.softmax import (
     GREATEST_TOTAL,
     LEAST_FLOAT16_WEIGHT,
@@ -89,7 +80,7 @@ def forward(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[ja
             seen = sums != 0  # a NaN was seen too
             whole = jnp.where(seen, sums, 1.0)
             lse = peak + jnp.where(whole == whole, log2(whole), jnp.nan)
-            out = out / hopper.spread(whole, out)
+            out = out / spread(whole, out)
             lse = jnp.where(seen, lse, -jnp.inf)
             if padding is not None:
                 lse = jnp.where(padding, -jnp.inf, lse)
@@ -187,8 +178,8 @@ def _walk(
             scores = jnp.where(mask, scores, -jnp.inf)
             before, peak = peak, jnp.maximum(peak, scores.max(axis=1) * scale)
             decay = jnp.exp2(before - peak)
-            out, sums = out * hopper.spread(decay, out), sums * decay
-        weights = jnp.exp2(scores * scale - hopper.spread(peak, scores))
+            out, sums = out * spread(decay, out), sums * decay
+        weights = jnp.exp2(scores * scale - spread(peak, scores))
         sums += weights.sum(axis=1)
         narrow = weights.astype(dtype)
         out, peak, sums, narrow = lax.optimization_barrier((out, peak, sums, narrow))

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType
 
 import s2_jax
-from pallas_kernels import hopper
+from pallas_kernels import hopper_tiles
 from s2_jax import Tile, TileConfig
 from tests.calls import AttentionCall, assert_padding_reaches_nothing, check
 
@@ -55,7 +55,7 @@ CALLS = {
 def over_one_device(monkeypatch):
     """Nothing is split there, and no rule for that is asked of the interpreter."""
     mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
-    monkeypatch.setattr(hopper, "multiprocessors", lambda: 2)  # each takes several tiles
+    monkeypatch.setattr(hopper_tiles, "multiprocessors", lambda: 2)  # each takes several tiles
     with jax.set_mesh(mesh):
         yield
 

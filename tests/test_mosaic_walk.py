@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import s2_jax
-from pallas_kernels import hopper
+from pallas_kernels import hopper_tiles
 from pallas_kernels.call import Settings, operands
 from pallas_kernels.tiles import Tile, TileConfig
 from s2_jax.layout import PatternLayouts, number_patterns
@@ -36,7 +36,7 @@ def schedule(q_len, *, batch=1, heads=3, keys=128, offset=0, pattern=S2, **masks
         **masks,
     }
     refs = operands(settings, lists, arrays, {n: jnp.asarray(x) for n, x in lists.arrays.items()})
-    return hopper.Schedule(refs, settings, lists, heads, batch, q_len, kv_len)
+    return hopper_tiles.Schedule(refs, settings, lists, heads, batch, q_len, kv_len)
 
 
 @pytest.fixture
@@ -44,11 +44,11 @@ def as_program(monkeypatch):
     """Runs a function as if in a program of so many, by its number."""
 
     def run(function, programs):
-        monkeypatch.setattr(hopper, "multiprocessors", lambda: programs)
+        monkeypatch.setattr(hopper_tiles, "multiprocessors", lambda: programs)
 
         @jax.jit
         def one(number):
-            monkeypatch.setattr(hopper.lax, "axis_index", lambda name: number)
+            monkeypatch.setattr(hopper_tiles.lax, "axis_index", lambda name: number)
             return function()
 
         try:
@@ -132,8 +132,8 @@ def visited(of, everything=False):
 @pytest.mark.parametrize("everything", [False, True])
 @pytest.mark.parametrize("offset", [0, 256])
 def test_steps_are_the_blocks_that_are_seen(keys, everything, offset, monkeypatch):
-    monkeypatch.setattr(hopper.lax, "axis_index", lambda name: jnp.int32(0))
-    monkeypatch.setattr(hopper, "multiprocessors", lambda: 1)
+    monkeypatch.setattr(hopper_tiles.lax, "axis_index", lambda name: jnp.int32(0))
+    monkeypatch.setattr(hopper_tiles, "multiprocessors", lambda: 1)
     of = schedule(600, keys=keys, offset=offset)
     found = visited(of, everything)
     rows = -(-(offset + 600) // 64)
@@ -146,8 +146,8 @@ def test_steps_are_the_blocks_that_are_seen(keys, everything, offset, monkeypatc
 
 @pytest.mark.parametrize("everything", [False, True])
 def test_steps_of_packed_rows_leave_other_documents_out(everything, monkeypatch):
-    monkeypatch.setattr(hopper.lax, "axis_index", lambda name: jnp.int32(0))
-    monkeypatch.setattr(hopper, "multiprocessors", lambda: 1)
+    monkeypatch.setattr(hopper_tiles.lax, "axis_index", lambda name: jnp.int32(0))
+    monkeypatch.setattr(hopper_tiles, "multiprocessors", lambda: 1)
     ids = jnp.asarray(np.repeat([1, 2, 3], [700, 300, 536]), jnp.int32)[None]
     whole = functools.partial(schedule, 1536, pattern=s2_jax.dense())
     alone, packed = visited(whole()), visited(whole(q_ids=ids, kv_ids=ids), everything)
