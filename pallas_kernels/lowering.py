@@ -31,6 +31,8 @@ _ABSTRACT_KINDS = (
     ("B200", 100),
     ("H100", 90),
     ("H200", 90),
+    ("H800", 90),
+    ("H20", 90),
     ("L4", 89),
     ("A10G", 86),
     ("A100", 80),
@@ -50,13 +52,11 @@ def target_platform() -> str:
 
 def compute_capability() -> int | None:
     """90 for an H100, and so on; None where it is not an NVIDIA GPU or not known."""
-    abstract = _abstract_device()
-    if abstract is not None:
-        found = (number for name, number in _ABSTRACT_KINDS if name in abstract.device_kind)
-        return next(found, None)
-    if target_platform() not in ("gpu", "cuda"):
-        return None
-    number = getattr(jax.local_devices(backend="gpu")[0], "compute_capability", None)
+    device, abstract = _device(), _abstract_device()
+    if device is None:
+        kind = abstract.device_kind if abstract is not None else ""
+        return next((number for name, number in _ABSTRACT_KINDS if name in kind), None)
+    number = getattr(device, "compute_capability", None)
     try:
         return round(float(number) * 10) if number is not None else None
     except ValueError:  # AMD GPUs name theirs "gfx..."
@@ -77,27 +77,33 @@ def compiler_errs() -> bool:
 
     JAX's own (`jax.experimental.pallas.ops.gpu.attention_mgpu`) are refused there too.
     """
-    if _abstract_device() is not None or target_platform() not in ("gpu", "cuda"):
-        return False
-    version = getattr(jax.local_devices(backend="gpu")[0].client, "platform_version", "")
+    device = _device()
+    version = device.client.platform_version if device is not None else ""
     found = re.search(r"cuda (\d+)", version)
     return found is not None and int(found[1]) in _CUDA_THAT_ERRS
 
 
 def multiprocessors() -> int:
     """Of the GPU that a call traced now will most likely run on; an H100's where not known."""
-    device = _abstract_device()
-    if device is None and target_platform() in ("gpu", "cuda"):
-        device = jax.local_devices(backend="gpu")[0]
-    names = ("num_cores", "core_count")
-    found = (getattr(device, name, None) for name in names)
-    return next((int(number) for number in found if number), _H100_MULTIPROCESSORS)
+    cores = (getattr(_device(), "core_count", None), getattr(_abstract_device(), "num_cores", None))
+    return next((int(number) for number in cores if number), _H100_MULTIPROCESSORS)
 
 
 def missing_packages() -> list[str]:
     """What has to be installed before the "jax_triton" launcher can be used."""
     names = {"jax_triton": "jax-triton", "triton": "triton"}
     return [package for module, package in names.items() if not importlib.util.find_spec(module)]
+
+
+def _device() -> Any:
+    """The GPU of this process that a call traced now will most likely run on, if there is one."""
+    if target_platform() not in ("gpu", "cuda"):
+        return None
+    abstract = _abstract_device()
+    if abstract is None:
+        return jax.local_devices(backend="gpu")[0]
+    alike = (d for d in jax.local_devices() if d.device_kind == abstract.device_kind)
+    return next(alike, None)
 
 
 def _abstract_device() -> Any:

@@ -7,6 +7,7 @@ from typing import Literal
 
 TILE_SIZES = (16, 32, 64, 128)
 MOSAIC_ROWS = 128  # queries of a program that Mosaic lowers
+_HOPPER_SHARED_BYTES = 227 << 10  # of a program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +70,25 @@ class TileConfig:
             )
         if self.dkv.lowering != "triton":
             raise ValueError("lowering of dkv must be 'triton': Mosaic has no such kernel yet")
+
+    def check_mosaic_memory(self, dim: int, segments: bool) -> None:
+        """Raises ValueError where a kernel that Mosaic lowers would need more than there is."""
+        # Rows of queries, of their gradients and of results that are in shared memory at a time,
+        # and what else there is: numbers of a token, barriers, what the compiler reserves.
+        kernels = (("forward", self.forward, 2, 4324), ("dq", self.dq, 3, 2300))
+        for name, tile, arrays, others in kernels:
+            if tile.lowering != "mosaic":
+                continue
+            needed = 2 * dim * (2 * tile.num_stages * tile.block_kv + arrays * MOSAIC_ROWS) + others
+            if segments:
+                needed += -(-(512 + 4 * tile.num_stages * tile.block_kv) // 1024) * 1024
+            if needed > _HOPPER_SHARED_BYTES:
+                raise ValueError(
+                    f"num_stages={tile.num_stages} of tiles.{name} are too many: with "
+                    f"block_kv={tile.block_kv} and head dim {dim}"
+                    f"{' and segments' if segments else ''} about {needed} bytes of shared memory "
+                    f"are needed, of {_HOPPER_SHARED_BYTES}"
+                )
 
     @property
     def mosaic(self) -> bool:

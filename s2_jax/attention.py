@@ -211,7 +211,7 @@ def _kernels(
     elif tiles.mosaic:
         if implementation not in (None, "mosaic", "interpret"):
             raise ValueError(f"{implementation=} has no tiles of lowering='mosaic', got {tiles}")
-        _check_mosaic(call, interpreted=implementation == "interpret")
+        _check_mosaic(call, tiles, interpreted=implementation == "interpret")
     offset = call.query_offset if isinstance(call.query_offset, int) else None
     layouts = PatternLayouts(
         call.pattern, call.num_heads, call.num_kv_heads, offset or 0, call.q_limit, kv_len, tiles,
@@ -280,11 +280,16 @@ def choose(call: Call, implementation: str | None) -> str:
     return "kernels"
 
 
-def _check_mosaic(call: Call, interpreted: bool = False) -> None:
+def _check_mosaic(call: Call, tiles: TileConfig | None = None, interpreted: bool = False) -> None:
     if missing := _missing_for_mosaic(call, interpreted):
+        what = 'the kernels of implementation="mosaic"'
+        if tiles is not None:
+            what = "kernels for tiles of lowering='mosaic'"
         raise NotImplementedError(
-            f'the kernels of implementation="mosaic" {missing}; None takes them where they can'
+            f"{what} {missing}; implementation=None without tiles takes them where they can"
         )
+    if tiles is not None:
+        tiles.check_mosaic_memory(call.query.shape[-1], call.segment_ids is not None)
 
 
 def _missing_for_mosaic(call: Call, interpreted: bool = False) -> str | None:
@@ -292,10 +297,6 @@ def _missing_for_mosaic(call: Call, interpreted: bool = False) -> str | None:
     dims = (call.query.shape[-1], call.value.shape[-1])
     lengths = (call.query.shape[1], call.key.shape[1])
     offset, capability = call.query_offset, lowering.compute_capability()
-    masks = (
-        call.segment_ids, call.kv_segment_ids, call.query_seq_lengths, call.key_value_seq_lengths
-    )  # fmt: skip
-    arrays = [x for x in (call.query, call.key, call.value, *masks) if x is not None]
     needed = lowering.FIRST_JAX_THAT_INTERPRETS if interpreted else lowering.FIRST_MOSAIC_JAX
     reasons = {
         f"are for compute capability 9.0, got {(capability or 0) / 10}": (
@@ -319,7 +320,12 @@ def _missing_for_mosaic(call: Call, interpreted: bool = False) -> str | None:
             not isinstance(offset, int) or offset % MOSAIC_ROWS != 0
         ),
         "take no logits_soft_cap": call.logits_soft_cap is not None,
-        "do not run inside shard_map with check_vma=True": bool(lowering.varying(arrays)),
+        "do not run inside shard_map with check_vma=True": bool(
+            lowering.varying(jax.tree.leaves(_operands(call)))
+        ),
+        "leak in JAX's own tracing, which jax.checking_leaks finds": bool(
+            jax.config.jax_check_tracer_leaks  # type: ignore[attr-defined]
+        ),
     }
     return next((reason for reason, applies in reasons.items() if applies), None)
 

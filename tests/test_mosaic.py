@@ -281,6 +281,56 @@ def test_what_varies_inside_shard_map_may_be_a_mask_alone(name):
 
 
 @needs_mosaic
+def test_heads_alone_may_vary_inside_shard_map():
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = AbstractMesh((2,), ("x",), axis_types=auto, abstract_device=H100)
+    attend = jax.shard_map(
+        attention(head_axis="x"), mesh=mesh, in_specs=P(), out_specs=P(None, None, "x")
+    )
+    assert kernels_of(lowered(attend, [(1, 1032, 2, 64)] * 3, mesh=mesh)) == (0, 3)
+
+
+@needs_mosaic
+def test_leaks_can_be_checked():
+    with jax.checking_leaks():
+        assert kernels_of(lowered(attention(), [(1, 1224, 2, 64)] * 3)) == (0, 3)
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+    ("keys", "forward", "dq", "dim", "segments", "fits"),
+    [
+        (128, 2, 2, 128, False, True),
+        (128, 3, 2, 128, False, False),
+        (128, 2, 2, 128, True, False),
+        (64, 4, 4, 128, False, True),
+        (64, 4, 4, 128, True, False),
+        (64, 4, 3, 128, True, True),
+        (64, 5, 3, 128, False, False),
+        (128, 5, 5, 64, True, True),
+        (128, 5, 6, 64, False, False),
+    ],
+)
+def test_shared_memory_is_counted_as_it_is(keys, forward, dq, dim, segments, fits):
+    """The same calls as fit by Mosaic's own count, at the edge of it."""
+    forward, dq = (Tile(128, keys, 8, stages, lowering="mosaic") for stages in (forward, dq))
+    ids = {"segment_ids": jnp.zeros((1, 136), jnp.int32)} if segments else {}
+    attend = attention(tiles=TileConfig(forward, dq, PLAIN), **ids)
+    shapes = [(1, 136, 1, dim)] * 3
+    if fits:
+        assert kernels_of(lowered(attend, shapes)) == (2, 1)
+    else:
+        with pytest.raises(ValueError, match=r"num_stages=. of tiles\.(forward|dq) are too many"):
+            lowered(attend, shapes)
+
+
+def test_tiles_for_a_call_that_mosaic_does_not_take_are_named():
+    tiles = TileConfig(MOSAIC, PLAIN, PLAIN)
+    with pytest.raises(NotImplementedError, match=r"tiles of lowering='mosaic' .*without tiles"):
+        lowered(attention(tiles=tiles), SHAPES, device=A100)
+
+
+@needs_mosaic
 def test_what_it_cannot_do_is_refused():
     refused("compute capability 9.0, got 8.0", device=A100)
     refused("bfloat16 and float16, got float32", dtype="float32")
@@ -297,6 +347,7 @@ def test_without_a_gpu_it_is_refused():
         attention("mosaic")(*arrays)
 
 
+@needs_mosaic
 def test_tiles_of_triton_alone_are_not_for_it():
     tiles = TileConfig(PLAIN, PLAIN, PLAIN)
     refused("has tiles of lowering='mosaic'", ValueError, tiles=tiles)
@@ -344,9 +395,25 @@ def test_a_compiler_is_known_by_its_version(version, errs, monkeypatch):
     class Device:
         client = Client
 
-    monkeypatch.setattr(lowering, "target_platform", lambda: "gpu")
-    monkeypatch.setattr(jax, "local_devices", lambda backend: [Device])
+    monkeypatch.setattr(lowering, "_device", lambda: Device)
     assert lowering.compiler_errs() == errs
+
+
+@pytest.mark.parametrize("kind", ["NVIDIA H800", "NVIDIA H20", "NVIDIA GH200 480GB", "NVIDIA H200"])
+def test_every_hopper_is_one(kind):
+    device = AbstractDevice(device_kind=kind, num_cores=78, platform="cuda")
+    with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+        assert (lowering.compute_capability(), lowering.multiprocessors()) == (90, 78)
+
+
+def test_a_gpu_under_a_mesh_is_asked_itself(monkeypatch):
+    class Device:
+        device_kind, compute_capability, core_count = "NVIDIA Next", "9.0", 140
+
+    device = AbstractDevice(device_kind="NVIDIA Next", num_cores=None, platform="cuda")
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device])
+    with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+        assert (lowering.compute_capability(), lowering.multiprocessors()) == (90, 140)
 
 
 @needs_mosaic
