@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
+from pallas_kernels.lowering import vary_alike
+
 Arrays = dict[str, jax.Array]
 Spec = tuple[Any, ...]
 
@@ -109,6 +111,8 @@ def shard_over_explicit_axes(
         **_by_hand(),
         check_vma=False,
     )(*placed)
+    # Inside a `shard_map` over other axes: that one has forgotten what varies over them.
+    found = vary_alike([*arrays.values(), *found])[len(arrays) :]
     return tuple(
         jax.sharding.reshard(result, P(*explicit_spec(arrays[name]))) if name in arrays else result
         for name, result in zip(results, found, strict=True)

@@ -5,7 +5,8 @@ import itertools
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, use_abstract_mesh
+from jax.sharding import PartitionSpec as P
 
 import s2_jax
 from pallas_kernels.tiles import TileConfig, pick_tiles
@@ -212,3 +213,30 @@ def test_the_platform_decides_how_to_decode(kind):
     assert "s2_attention_decode" in text
     assert "stablehlo.dot_general" not in text
     assert "s2_attention_decode" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+
+@pytest.mark.parametrize("implementation", [None, "triton"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_heads_by_hand_in_a_mesh_of_explicit_axes_lower(implementation, grad):
+    """The batch stays split over an axis that `shard_map` leaves alone."""
+    axes = (AxisType.Explicit,) * 2
+    mesh = AbstractMesh((2, 2), ("data", "tensor"), axis_types=axes, abstract_device=H100)
+    heads = P(None, None, "tensor")
+
+    def attend(q, k, v):
+        pattern = s2_jax.local_stride(2, 3)
+        return s2_jax.s2_attention(
+            q, k, v, pattern, head_axis="tensor", implementation=implementation
+        )
+
+    by_hand = jax.shard_map(
+        attend, mesh=mesh, axis_names={"tensor"}, in_specs=heads, out_specs=heads
+    )
+    run = by_hand
+    if grad:
+        run = jax.grad(lambda *arrays: by_hand(*arrays).astype(jnp.float32).sum(), (0, 1, 2))
+    split = NamedSharding(mesh, P("data", None, "tensor"))
+    arrays = [jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16, sharding=split)] * 3
+    with use_abstract_mesh(mesh):
+        text = jax.jit(run).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+    assert [kernel in text for kernel in KERNELS] == [True, grad, grad]
