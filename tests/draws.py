@@ -7,6 +7,7 @@ import dataclasses
 from hypothesis import strategies as st
 
 import s2_jax
+from s2_jax import Tile, TileConfig
 from tests.calls import AttentionCall, small_tiles
 
 SEGMENTS = ("packed", "padded", "shuffled", "random")
@@ -113,3 +114,33 @@ def decodings(draw) -> tuple[AttentionCall, list[tuple[int, ...]]]:
         left = [x - came for x, came in zip(left, piece)]
         pieces.append(piece)
     return call, pieces
+
+
+@st.composite
+def mosaic_calls(draw) -> AttentionCall:
+    """Calls that Mosaic's kernels take, small enough for an interpreter."""
+    size = draw(st.sampled_from([64, 64, 128]))
+    pattern = draw_pattern(draw, {"block_size": size, "causal": draw(st.booleans())})
+    offset = draw(st.sampled_from([0, 0, 128, 256]))
+    q_len = 8 * draw(st.integers(1, 40))
+    kv_len = draw(st.sampled_from([offset + q_len, offset + q_len, 8 * draw(st.integers(1, 50))]))
+    kv_heads, group = draw(st.sampled_from([(1, 1), (1, 2), (2, 1), (1, 3)]))
+    batch = draw(st.sampled_from([1, 1, 2]))
+    forward, dq = (
+        Tile(128, keys, 8, stages, lowering="mosaic")
+        for keys, stages in draw(st.sampled_from([((64, 4), (64, 3)), ((128, 2), (64, 2))]))
+    )
+
+    def lengths(limit: int) -> tuple[int, ...] | None:
+        return draw(st.none() | st.tuples(*[st.integers(0, limit)] * batch))
+
+    return AttentionCall(
+        pattern, q_len=q_len, kv_len=kv_len, heads=kv_heads * group, kv_heads=kv_heads,
+        head_dim=draw(st.sampled_from([64, 64, 128])), batch=batch, query_offset=offset,
+        window=draw(st.sampled_from([None, None, 1, 70, 150])),
+        window_joins=draw(st.sampled_from("|&")),
+        dtype=draw(st.sampled_from(["bfloat16", "float16"])),
+        segments=draw(st.sampled_from([None, None, *SEGMENTS])), query_lengths=lengths(q_len),
+        kv_lengths=lengths(kv_len), scale=draw(st.sampled_from([None, None, 6.0])),
+        tiles=TileConfig(forward, dq, Tile(64, 64, 4, 1)), seed=draw(st.integers(0, 99)),
+    )  # fmt: skip

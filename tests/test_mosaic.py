@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from jax.sharding import PartitionSpec as P
 
@@ -13,6 +14,7 @@ import s2_jax
 from pallas_kernels import lowering
 from s2_jax import Tile, TileConfig
 from tests.calls import AttentionCall, assert_padding_reaches_nothing, check
+from tests.draws import mosaic_calls
 from tests.test_lowering import A100, H100
 
 S2 = s2_jax.local_stride(2, 3)
@@ -106,6 +108,13 @@ CALLS = {
 @needs_mosaic
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
 def test_agrees_with_the_oracle(call):
+    check(call, "mosaic")
+
+
+@pytest.mark.gpu
+@needs_mosaic
+@given(mosaic_calls())
+def test_drawn_calls_agree_with_the_oracle(call):
     check(call, "mosaic")
 
 

@@ -4,12 +4,14 @@ import dataclasses
 
 import jax
 import pytest
+from hypothesis import given
 from jax.sharding import AxisType
 
 import s2_jax
 from pallas_kernels import hopper_tiles
 from s2_jax import Tile, TileConfig
 from tests.calls import AttentionCall, assert_padding_reaches_nothing, check
+from tests.draws import mosaic_calls
 
 pytestmark = pytest.mark.skipif(
     jax.__version_info__ < (0, 12), reason="older interpreters do not know all that is used"
@@ -58,6 +60,11 @@ def over_one_device(monkeypatch):
     monkeypatch.setattr(hopper_tiles, "multiprocessors", lambda: 2)  # each takes several tiles
     with jax.set_mesh(mesh):
         yield
+
+
+@given(mosaic_calls())
+def test_drawn_calls_agree_with_the_oracle(call):
+    check(call, "interpret")
 
 
 def test_nan_in_the_padding_reaches_nothing():
