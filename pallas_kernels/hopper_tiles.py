@@ -240,30 +240,43 @@ class QueryTile:
         q_ids, kv_ids: of segments, `[rows]` and `[keys]`; None where there are none.
         """
         lists, window = self.lists, self.settings.window
-        shape = (ROWS, lists.unit * lists.group)
-        row, column = (
-            mgpu.broadcasted_iota(jnp.int32, shape, axis, layout=LAYOUT) for axis in (0, 1)
+        column = mgpu.broadcasted_iota(
+            jnp.int32, (ROWS, lists.unit * lists.group), 1, layout=LAYOUT
         )
-        query = row + self._position(warpgroup)
+        row = mgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=LAYOUT.reduce(1))
         part = lax.div(warpgroup * i32(ROWS * lists.rows), i32(MOSAIC_ROWS))
+
+        def between(low: Any, high: Any) -> jax.Array:
+            """Columns low <= c < high; numbers, or one for each row. low: None, and all do."""
+            below = column < (spread(high, column) if jnp.ndim(high) else high)
+            if low is None:
+                return below
+            return below & (column >= (spread(low, column) if jnp.ndim(low) else low))
+
         mask: Any = None
         for place in range(lists.group):
             unit, bits, exists = at(place)
-            key = column + (unit - i32(place)) * i32(lists.unit)
+            start = (unit - i32(place)) * i32(lists.unit)  # the key of column 0
             listed = lax.rem(lax.shift_right_logical(bits, part), i32(2)) > i32(0)
             end = self.kv_length if exists is True else jnp.where(exists, self.kv_length, i32(0))
-            listed_end = jnp.where(listed, end, i32(0))
-            inside = (column >= i32(place * lists.unit)) & (column < i32((place + 1) * lists.unit))
-            inside &= key < (end if window is not None and window.adds else listed_end)
-            if window is not None:
-                near = query - key < i32(window.size)
-                if window.adds or not self.settings.causal:
-                    near &= key - query < i32(window.size)
-                if window.adds:
-                    near |= key < listed_end
-                inside &= near
+            own = row + (self._position(warpgroup) - start)  # the column of a query's own key
+            first, stop = i32(place * lists.unit), i32((place + 1) * lists.unit)
+            low: Any = None if place == 0 else first
+            stop = jnp.minimum(stop, end - start)
+            high: Any = jnp.where(listed, stop, i32(0))
             if self.settings.causal:
-                inside &= key <= query
+                high = jnp.minimum(own + i32(1), high)
+            if window is None:
+                inside = between(low, high)
+            else:
+                oldest, newest = own - i32(window.size - 1), own + i32(window.size)
+                oldest = jnp.maximum(oldest, first)
+                if window.adds:
+                    newest = own + i32(1) if self.settings.causal else newest
+                    inside = between(low, high) | between(oldest, jnp.minimum(newest, stop))
+                else:
+                    high = high if self.settings.causal else jnp.minimum(newest, high)
+                    inside = between(oldest, high)
             mask = inside if mask is None else mask | inside
         if q_ids is not None:
             mask &= spread(q_ids, mask) == lax.broadcast_in_dim(kv_ids, mask.shape, [1])
