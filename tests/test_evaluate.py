@@ -19,6 +19,7 @@ from train.batches import load_batches
 from train.evaluate import Settings, accuracies, answered, evaluate, loss_by_position, main
 from train.retrieval import Haystack, passkey
 from train.saved import load_run
+from train.stop import StopSignal
 
 
 @pytest.fixture(autouse=True)
@@ -158,8 +159,26 @@ def test_other_text_must_have_the_tokens_of_the_run(trained, tmp_path):
         evaluate(small(config, data=config.data), Console(file=io.StringIO()))
 
 
+@pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN], ids=["usual", "ignored"])
+def at_ctrl_c(request):
+    before = signal.signal(signal.SIGINT, request.param)
+    yield request.param
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_that_is_ignored_stays_so(at_ctrl_c):
+    """As in a shell's background."""
+    with StopSignal(signal.SIGINT) as stop:
+        signal.raise_signal(signal.SIGINT)
+    assert stop.received == (at_ctrl_c is not signal.SIG_IGN)
+    assert signal.getsignal(signal.SIGINT) is at_ctrl_c
+
+
+@pytest.mark.parametrize("at_ctrl_c", [signal.default_int_handler], indirect=True)
 @pytest.mark.parametrize("when", ["first", "last"])
-def test_ctrl_c_ends_an_evaluation_as_it_ends_a_run(trained, tmp_path, monkeypatch, capsys, when):
+def test_ctrl_c_ends_an_evaluation_as_it_ends_a_run(
+    trained, tmp_path, monkeypatch, capsys, when, at_ctrl_c
+):
     """Even where the exception gets lost, as it does in a callback of the garbage collector."""
     config, calls = copy(trained, tmp_path), []
 
@@ -179,7 +198,7 @@ def test_ctrl_c_ends_an_evaluation_as_it_ends_a_run(trained, tmp_path, monkeypat
     assert capsys.readouterr().out.splitlines()[-1] == "stopped"
     assert len(calls) == {"first": 1, "last": 2}[when]
     assert not list(config.out.glob("evaluation-*/evaluation.json"))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is at_ctrl_c
 
 
 def test_only_the_same_evaluation_is_replaced(trained, tmp_path):

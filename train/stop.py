@@ -24,7 +24,8 @@ class StopSignal:
         self._before: Any = None
 
     def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
+        ignored = signal.getsignal(self._number) is signal.SIG_IGN  # as in a shell's background
+        if threading.current_thread() is threading.main_thread() and not ignored:
             self._before = signal.signal(self._number, self._note)
         return self
 
