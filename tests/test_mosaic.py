@@ -1,4 +1,4 @@
-"""The kernels that Mosaic lowers for Hopper. `-m gpu` runs them; elsewhere they are lowered."""
+"""The kernels that Mosaic lowers for Hopper, on a GPU (`-m gpu`)."""
 
 import dataclasses
 
@@ -7,22 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
-from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
-from jax.sharding import PartitionSpec as P
 
 import s2_jax
-from pallas_kernels import lowering
 from s2_jax import Tile, TileConfig
 from tests.calls import AttentionCall, assert_padding_reaches_nothing, check
 from tests.draws import mosaic_calls
-from tests.test_lowering import A100, H100
 
 S2 = s2_jax.local_stride(2, 3)
 S2_128 = s2_jax.local_stride(2, 3, block_size=128)
 needs_mosaic = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="its kernels want a newer JAX"
 )
-MOSAIC = Tile(128, 128, 8, 2, lowering="mosaic")
 PLAIN = Tile(64, 64, 4, 2)
 
 BASE = AttentionCall(
@@ -104,6 +99,12 @@ CALLS = {
 }
 
 
+def attention(implementation=None, pattern=S2, **options):
+    return lambda q, k, v: s2_jax.s2_attention(
+        q, k, v, pattern, implementation=implementation, **options
+    )
+
+
 @pytest.mark.gpu
 @needs_mosaic
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
@@ -170,263 +171,3 @@ def test_the_same_call_gives_the_same_bits():
     first, second = (call.run("mosaic") for _ in range(2))
     for name, array in first.items():
         np.testing.assert_array_equal(array, second[name], err_msg=name)
-
-
-def lowered(attend, shapes, dtype="bfloat16", device=H100, mesh=None):
-    arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
-
-    def loss(*arrays):
-        return attend(*arrays).astype(jnp.float32).sum()
-
-    with use_abstract_mesh(mesh or AbstractMesh((1,), ("x",), abstract_device=device)):
-        run = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
-        return run.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
-
-
-def kernels_of(text):
-    return text.count("mosaic_gpu_v2"), text.count("__gpu$xla.gpu.triton")
-
-
-def attention(implementation=None, pattern=S2, **options):
-    return lambda q, k, v: s2_jax.s2_attention(
-        q, k, v, pattern, implementation=implementation, **options
-    )
-
-
-SHAPES = [(2, 1032, 4, 128), (2, 1032, 2, 128), (2, 1032, 2, 128)]
-
-
-@needs_mosaic
-@pytest.mark.parametrize("implementation", [None, "mosaic"])
-@pytest.mark.parametrize("name", ["groups", "head-dim-128", "blocks-of-128", "window-joins"])
-def test_forward_and_dq_are_lowered(name, implementation):
-    call = CALLS[name]
-    shapes = [(1, 1112, n, call.head_dim) for n in (4, 2, 2)]
-    text = lowered(attention(implementation, call.whole_pattern), shapes)
-    assert kernels_of(text) == (2, 1)
-
-
-@needs_mosaic
-def test_segments_and_lengths_are_lowered():
-    lengths = jnp.asarray([1032, 40], jnp.int32)
-    for options in (
-        {"segment_ids": jnp.zeros((2, 1032), jnp.int32)},
-        {"query_seq_lengths": lengths, "key_value_seq_lengths": lengths},
-    ):
-        assert kernels_of(lowered(attention(**options), SHAPES)) == (2, 1)
-
-
-@needs_mosaic
-def test_triton_lowers_what_it_is_asked_for():
-    assert kernels_of(lowered(attention("triton"), SHAPES)) == (0, 3)
-
-
-@needs_mosaic
-@pytest.mark.parametrize(
-    ("changes", "device"),
-    [
-        ({"logits_soft_cap": 20.0}, H100),
-        ({"query_offset": 64}, H100),
-        ({"pattern": s2_jax.local_stride(2, 3, block_size=32)}, H100),
-        ({}, A100),
-        ({}, AbstractDevice(device_kind="NVIDIA B200", num_cores=148, platform="cuda")),
-    ],
-    ids=str,
-)
-def test_none_takes_triton_where_mosaic_cannot(changes, device):
-    assert kernels_of(lowered(attention(**changes), SHAPES, device=device)) == (0, 3)
-
-
-@needs_mosaic
-def test_none_takes_triton_for_short_rows():
-    shapes = [(8, 504, 4, 128)] * 3
-    assert kernels_of(lowered(attention(), shapes)) == (0, 3)
-    assert kernels_of(lowered(attention("mosaic"), shapes)) == (2, 1)
-
-
-@needs_mosaic
-def test_mapped_by_vmap():
-    shapes = [(3, *shape) for shape in SHAPES]
-    assert kernels_of(lowered(jax.vmap(attention("mosaic")), shapes)) == (2, 1)
-
-
-@needs_mosaic
-@pytest.mark.parametrize(("check_vma", "kernels"), [(True, (0, 3)), (False, (2, 1))])
-def test_inside_shard_map(check_vma, kernels):
-    auto = (jax.sharding.AxisType.Auto,) * 2
-    mesh = AbstractMesh((2, 2), ("data", "tensor"), axis_types=auto, abstract_device=H100)
-    split = P("data", None, "tensor")
-    attend = jax.shard_map(
-        attention(head_axis="tensor"), mesh=mesh, in_specs=split, out_specs=split,
-        check_vma=check_vma,
-    )  # fmt: skip
-    text = lowered(attend, SHAPES, mesh=mesh)
-    assert kernels_of(text) == kernels
-
-
-def refused(
-    match, error=NotImplementedError, device=H100, shapes=SHAPES, dtype="bfloat16", **options
-):
-    with pytest.raises(error, match=match):
-        lowered(attention("mosaic", **options), shapes, dtype, device)
-
-
-@needs_mosaic
-@pytest.mark.parametrize("name", ["segment_ids", "key_value_seq_lengths"])
-def test_what_varies_inside_shard_map_may_be_a_mask_alone(name):
-    auto = (jax.sharding.AxisType.Auto,)
-    mesh = AbstractMesh((2,), ("data",), axis_types=auto, abstract_device=H100)
-
-    def attend(q, k, v, mask):
-        return s2_jax.s2_attention(q, k, v, S2, **{name: mask})
-
-    attend = jax.shard_map(
-        attend, mesh=mesh, in_specs=(P(), P(), P(), P("data")), out_specs=P("data")
-    )
-    mask = jnp.ones((2, 1032) if name == "segment_ids" else (2,), jnp.int32)
-    shapes = [(1, *shape[1:]) for shape in SHAPES]
-    text = lowered(lambda *arrays: attend(*arrays, mask), shapes, mesh=mesh)
-    assert kernels_of(text) == (0, 3)
-
-
-@needs_mosaic
-def test_heads_alone_may_vary_inside_shard_map():
-    auto = (jax.sharding.AxisType.Auto,)
-    mesh = AbstractMesh((2,), ("x",), axis_types=auto, abstract_device=H100)
-    attend = jax.shard_map(
-        attention(head_axis="x"), mesh=mesh, in_specs=P(), out_specs=P(None, None, "x")
-    )
-    assert kernels_of(lowered(attend, [(1, 1032, 2, 64)] * 3, mesh=mesh)) == (0, 3)
-
-
-@needs_mosaic
-def test_leaks_can_be_checked():
-    with jax.checking_leaks():
-        assert kernels_of(lowered(attention(), [(1, 1224, 2, 64)] * 3)) == (0, 3)
-
-
-@needs_mosaic
-@pytest.mark.parametrize(
-    ("keys", "forward", "dq", "dim", "segments", "fits"),
-    [
-        (128, 2, 2, 128, False, True),
-        (128, 3, 2, 128, False, False),
-        (128, 2, 2, 128, True, False),
-        (64, 4, 4, 128, False, True),
-        (64, 4, 4, 128, True, False),
-        (64, 4, 3, 128, True, True),
-        (64, 5, 3, 128, False, False),
-        (128, 5, 5, 64, True, True),
-        (128, 5, 6, 64, False, False),
-    ],
-)
-def test_shared_memory_is_counted_as_it_is(keys, forward, dq, dim, segments, fits):
-    """The same calls as fit by Mosaic's own count, at the edge of it."""
-    forward, dq = (Tile(128, keys, 8, stages, lowering="mosaic") for stages in (forward, dq))
-    ids = {"segment_ids": jnp.zeros((1, 136), jnp.int32)} if segments else {}
-    attend = attention(tiles=TileConfig(forward, dq, PLAIN), **ids)
-    shapes = [(1, 136, 1, dim)] * 3
-    if fits:
-        assert kernels_of(lowered(attend, shapes)) == (2, 1)
-    else:
-        with pytest.raises(ValueError, match=r"num_stages=. of tiles\.(forward|dq) are too many"):
-            lowered(attend, shapes)
-
-
-def test_tiles_for_a_call_that_mosaic_does_not_take_are_named():
-    tiles = TileConfig(MOSAIC, PLAIN, PLAIN)
-    with pytest.raises(NotImplementedError, match=r"tiles of lowering='mosaic' .*without tiles"):
-        lowered(attention(tiles=tiles), SHAPES, device=A100)
-
-
-@needs_mosaic
-def test_what_it_cannot_do_is_refused():
-    refused("compute capability 9.0, got 8.0", device=A100)
-    refused("bfloat16 and float16, got float32", dtype="float32")
-    refused(r"head dims of 64 or 128, .* got \(80, 80\)", shapes=[(1, 256, 2, 80)] * 3)
-    refused("multiples of 64 tokens, got 16", pattern=s2_jax.local_stride(2, 3, block_size=16))
-    refused("query_offset known before, a multiple of 128", query_offset=64)
-    refused(r"multiples of 8, got \(1032, 1031\)", shapes=[SHAPES[0], *[(2, 1031, 2, 128)] * 2])
-    refused("no logits_soft_cap", logits_soft_cap=5.0)
-
-
-def test_without_a_gpu_it_is_refused():
-    arrays = [jnp.zeros((1, 64, 1, 64), jnp.bfloat16)] * 3
-    with pytest.raises(ValueError, match='"mosaic" needs an NVIDIA GPU'):
-        attention("mosaic")(*arrays)
-
-
-@needs_mosaic
-def test_tiles_of_triton_alone_are_not_for_it():
-    tiles = TileConfig(PLAIN, PLAIN, PLAIN)
-    refused("has tiles of lowering='mosaic'", ValueError, tiles=tiles)
-
-
-def test_its_tiles_are_not_for_triton():
-    tiles = TileConfig(MOSAIC, MOSAIC, PLAIN)
-    with pytest.raises(ValueError, match="has no tiles of lowering='mosaic'"):
-        lowered(attention("triton", tiles=tiles), SHAPES)
-
-
-@pytest.mark.skipif(jax.__version_info__ >= (0, 12), reason="newer ones interpret them")
-def test_an_old_jax_does_not_interpret_them():
-    tiles = TileConfig(MOSAIC, MOSAIC, PLAIN)
-    arrays = [jnp.zeros((1, 64, 1, 64), jnp.bfloat16)] * 3
-    with pytest.raises(NotImplementedError, match=r"need JAX 0.12 or newer, got 0\.1[01]"):
-        attention("interpret", tiles=tiles)(*arrays)
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [(64, 128, 8), (128, 32, 8), (128, 128, 4), (128, 128, 8, 1), (128, 128, 8, 2, 2)],
-    ids=str,
-)
-def test_tiles_it_has_not(fields):
-    with pytest.raises(ValueError, match="a tile of lowering='mosaic' has block_q=128"):
-        Tile(*fields, lowering="mosaic")
-
-
-def test_tiles_of_no_known_lowering():
-    with pytest.raises(ValueError, match="lowering='cuda' must be 'triton' or 'mosaic'"):
-        Tile(128, 128, lowering="cuda")
-    with pytest.raises(ValueError, match="lowering of dkv must be 'triton'"):
-        TileConfig(MOSAIC, MOSAIC, MOSAIC)
-
-
-@pytest.mark.parametrize(
-    ("version", "errs"),
-    [("PJRT C API\ncuda 12090", True), ("cuda 12080", True), ("cuda 13000", False), ("", False)],
-)
-def test_a_compiler_is_known_by_its_version(version, errs, monkeypatch):
-    class Client:
-        platform_version = version
-
-    class Device:
-        client = Client
-
-    monkeypatch.setattr(lowering, "_device", lambda: Device)
-    assert lowering.compiler_errs() == errs
-
-
-@pytest.mark.parametrize("kind", ["NVIDIA H800", "NVIDIA H20", "NVIDIA GH200 480GB", "NVIDIA H200"])
-def test_every_hopper_is_one(kind):
-    device = AbstractDevice(device_kind=kind, num_cores=78, platform="cuda")
-    with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
-        assert (lowering.compute_capability(), lowering.multiprocessors()) == (90, 78)
-
-
-def test_a_gpu_under_a_mesh_is_asked_itself(monkeypatch):
-    class Device:
-        device_kind, compute_capability, core_count = "NVIDIA Next", "9.0", 140
-
-    device = AbstractDevice(device_kind="NVIDIA Next", num_cores=None, platform="cuda")
-    monkeypatch.setattr(jax, "local_devices", lambda: [Device])
-    with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
-        assert (lowering.compute_capability(), lowering.multiprocessors()) == (90, 140)
-
-
-@needs_mosaic
-def test_a_compiler_that_errs_is_not_asked(monkeypatch):
-    monkeypatch.setattr(lowering, "compiler_errs", lambda: True)
-    assert kernels_of(lowered(attention(), SHAPES)) == (0, 3)
-    refused("need CUDA before 12.8, or 12.9.1 and newer")
