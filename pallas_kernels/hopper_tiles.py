@@ -20,6 +20,7 @@ from pallas_kernels.walk import Run, Span, clip
 
 ROWS = 64  # queries of a warpgroup
 LAYOUT = mgpu.Layout.WGMMA  # how a warpgroup's registers hold what it multiplies
+_FAR = 1 << 30  # tokens, more than there are
 PROGRAM = "s2_program"  # beside a mesh's own axes
 
 
@@ -266,6 +267,8 @@ class QueryTile:
             high: Any = jnp.where(listed, stop, i32(0))
             if self.settings.causal:
                 high = jnp.minimum(own + i32(1), high)
+            elif window is None:  # Mosaic finds no layout where all rows have the same end
+                high = jnp.minimum(own + i32(_FAR), high)
             if window is None:
                 inside = between(low, high)
             else:

@@ -153,6 +153,13 @@ class AttentionCall:
         results = program(*jax.tree.map(place, (inputs, offset, self.masks())))
         return dict(zip(RESULTS, map(np.asarray, results), strict=True))
 
+    def lowered(self, implementation: str | None) -> str:
+        """The same program as StableHLO for CUDA, which takes no GPU."""
+        arrays = self.inputs(), np.asarray(self.offsets, np.int32), self.masks()
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
+        traced = _program(self.static, self.traced, implementation).trace(*shapes)
+        return traced.lower(lowering_platforms=("cuda",)).as_text()
+
     def attend(self, implementation: str | None, query, key, value, offset, masks) -> Any:
         return s2_jax.s2_attention(
             query, key, value, self.whole_pattern, scale=self.scale, return_lse=True,

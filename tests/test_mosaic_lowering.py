@@ -3,12 +3,14 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from hypothesis import given
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from jax.sharding import PartitionSpec as P
 
 import s2_jax
 from pallas_kernels import lowering
 from s2_jax import Tile, TileConfig
+from tests.draws import mosaic_calls
 from tests.test_lowering import A100, H100
 from tests.test_mosaic import CALLS, S2, attention, needs_mosaic
 
@@ -36,7 +38,7 @@ SHAPES = [(2, 1032, 4, 128), (2, 1032, 2, 128), (2, 1032, 2, 128)]
 
 @needs_mosaic
 @pytest.mark.parametrize("implementation", [None, "mosaic"])
-@pytest.mark.parametrize("name", ["groups", "head-dim-128", "blocks-of-128", "window-joins"])
+@pytest.mark.parametrize("name", ["groups", "head-dim-128", "blocks-of-128"])
 def test_forward_and_dq_are_lowered(name, implementation):
     call = CALLS[name]
     shapes = [(1, 1112, n, call.head_dim) for n in (4, 2, 2)]
@@ -44,14 +46,25 @@ def test_forward_and_dq_are_lowered(name, implementation):
     assert kernels_of(text) == (2, 1)
 
 
+MASKS = [
+    *("not-causal", "packed-not-causal", "packed-window", "window-joins", "window-cuts"),
+    *("window-alone", "dense", "packed-dense", "packed-and-padded", "offset"),
+]
+
+
 @needs_mosaic
-def test_segments_and_lengths_are_lowered():
-    lengths = jnp.asarray([1032, 40], jnp.int32)
-    for options in (
-        {"segment_ids": jnp.zeros((2, 1032), jnp.int32)},
-        {"query_seq_lengths": lengths, "key_value_seq_lengths": lengths},
-    ):
-        assert kernels_of(lowered(attention(**options), SHAPES)) == (2, 1)
+@pytest.mark.parametrize("name", MASKS)
+def test_every_kind_of_mask_is_lowered(name):
+    """Each is a program of its own to Mosaic, which looks for a layout of every array in it."""
+    with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=H100)):
+        assert kernels_of(CALLS[name].lowered("mosaic")) == (2, 1)
+
+
+@needs_mosaic
+@given(mosaic_calls())
+def test_drawn_calls_are_lowered(call):
+    with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=H100)):
+        assert kernels_of(call.lowered("mosaic")) == (2, 1)
 
 
 @needs_mosaic
