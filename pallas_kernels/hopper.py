@@ -2,13 +2,16 @@
 
 A program has 128 queries of a head at a time, and a multiprocessor for itself. One warpgroup
 fetches tiles of keys and values into shared memory, as the block lists name them; two take 64
-queries each. In the forward pass they take turns at the tensor cores: one multiplies while the
-other makes weights of its scores (FlashAttention-3, arXiv 2407.08608, section 3.1).
+queries each. The one alone reads the lists, ahead of the others, which it tells what they need:
+they would wait for each number with the tensor cores idle. In the forward pass the two take turns
+at the tensor cores: one multiplies while the other makes weights of its scores (FlashAttention-3,
+arXiv 2407.08608, section 3.1).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +25,17 @@ from jax.experimental.pallas import mosaic_gpu as mgpu
 from pallas_kernels.block_lists import BlockLists
 from pallas_kernels.call import Arrays, Settings
 from pallas_kernels.call import operands as call_operands
-from pallas_kernels.hopper_tiles import LAYOUT, PROGRAM, ROWS, At, QueryTile, Schedule, i32, spread
+from pallas_kernels.hopper_tiles import (
+    LAYOUT,
+    PROGRAM,
+    ROWS,
+    At,
+    Schedule,
+    Task,
+    Told,
+    i32,
+    spread,
+)
 from pallas_kernels.lowering import vary_alike
 from pallas_kernels.tiles import MOSAIC_ROWS, Tile
 
@@ -30,14 +43,54 @@ WARPGROUPS = 2
 # Registers of a thread that multiplies, and of one that fetches; all threads together have 65536.
 _MANY_REGISTERS, _FEW_REGISTERS = 240, 24
 _WARPGROUP = "s2_warpgroup"
+_NOTES = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Notes:
+    """What the warpgroup that fetches tells of each tile, before the others get to it."""
+
+    words: Any
+    ready: Any
+    read: Any
+
+    @classmethod
+    def scratch(cls) -> tuple[Any, ...]:
+        words = mgpu.SMEM((_NOTES, len(Told._fields)), jnp.int32)
+        ready, read = (
+            mgpu.Barrier(num_arrivals=number, num_barriers=_NOTES) for number in (1, WARPGROUPS)
+        )
+        return words, ready, read
+
+    def write(self, number: Any, told: Told) -> None:
+        """number: of the tile, of those that have been told of."""
+        slot = lax.rem(number, i32(_NOTES))
+        pl.when(number >= i32(_NOTES))(lambda: mgpu.barrier_wait(self.read.at[slot]))
+        for place, word in enumerate(told):
+            self.words[slot, place] = word
+        mgpu.barrier_arrive(self.ready.at[slot])
+
+    def take(self, number: Any) -> Told:
+        slot = lax.rem(number, i32(_NOTES))
+        mgpu.barrier_wait(self.ready.at[slot])
+        told = Told(*(self.words[slot, place] for place in range(len(Told._fields))))
+        mgpu.barrier_arrive(self.read.at[slot])
+        return told
 
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """Tiles of keys and values in shared memory, and what says that one is there, or done with."""
+    """Tiles of keys and values in shared memory, and what says that one is there, or done with.
 
+    entries: of steps with a mask, int32 `[stages, units of a step]`: as in `BlockLists.partial`,
+    with all bits turned where there is no such unit. entries_ready: of those steps alone.
+    """
+
+    lists: BlockLists
     key: Any
     value: Any
+    entries: Any
+    entries_ready: Any
     key_ready: Any
     value_ready: Any
     key_used: Any
@@ -49,12 +102,14 @@ class Pipeline:
         cls, tile: Tile, lists: BlockLists, dims: tuple[int, int], dtype: Any, segments: bool
     ) -> tuple[Any, ...]:
         copies = lists.group * (2 if segments else 1)
+        entries_ready = mgpu.Barrier(num_arrivals=1, num_barriers=tile.num_stages)
         key_ready = mgpu.Barrier(num_arrivals=copies, num_barriers=tile.num_stages)
         ready = mgpu.Barrier(num_arrivals=lists.group, num_barriers=tile.num_stages)
         used = mgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tile.num_stages)
         tiles = [shared((tile.num_stages, tile.block_kv, dim), dtype) for dim in dims]
         ids = [mgpu.SMEM((tile.num_stages, tile.block_kv), jnp.int32)] * segments
-        return *tiles, key_ready, ready, used, used, *ids
+        entries = mgpu.SMEM((tile.num_stages, lists.group), jnp.int32)
+        return *tiles, entries, entries_ready, key_ready, ready, used, used, *ids
 
     @property
     def stages(self) -> int:
@@ -71,42 +126,66 @@ class Pipeline:
     def slot(self, step: Any) -> Any:
         return lax.rem(step, i32(self.stages))
 
-    def feed(self, tile: QueryTile, refs: KeyRefs, group: int, step: Any, all_masked: bool) -> Any:
+    def at(self, slot: Any) -> At:
+        """Of a step with a mask."""
+        mgpu.barrier_wait(self.entries_ready.at[slot])
+
+        def unit(place: int) -> tuple[Any, Any, Any]:
+            entry = self.entries[slot, place]
+            exists = entry >= i32(0)
+            entry = jnp.where(exists, entry, ~entry)
+            return lax.shift_right_logical(entry, i32(self.lists.rows)), entry, exists
+
+        return unit
+
+    def feed(self, task: Task, refs: KeyRefs, group: int, step: Any, all_masked: bool) -> Any:
         """Fetches what a tile takes, as soon as there is room. Returns the next step.
 
         all_masked: whether the tile takes every step as one with a mask.
         """
-        kv_head, size = lax.div(tile.head, i32(group)), tile.lists.unit
+        kv_head, size = lax.div(task.head, i32(group)), self.lists.unit
+        everyone = i32((1 << self.lists.rows) - 1)
         sides = (
             (refs.key, self.key, self.key_ready, self.key_used),
             (refs.value, self.value, self.value_ready, self.value_used),
         )
 
-        def fetch(at: At, step: Any) -> Any:
+        def write_down(slot: Any, units: list[tuple[Any, Any, Any]]) -> None:
+            for place, (unit, bits, exists) in enumerate(units):
+                entry = lax.shift_left(unit, i32(self.lists.rows)) | (bits & everyone)
+                if exists is not True:
+                    entry = jnp.where(exists, entry, ~entry)
+                self.entries[slot, place] = entry
+            mgpu.barrier_arrive(self.entries_ready.at[slot])
+
+        def fetch(at: At, step: Any, masked: bool) -> Any:
             slot = self.slot(step)
-            units = [at(place)[0] for place in range(tile.lists.group)]
+            units = [at(place) for place in range(self.lists.group)]
             for source, target, ready, used in sides:
 
                 @pl.when(step >= i32(self.stages))
                 def _(used: Any = used) -> None:
                     mgpu.barrier_wait(used.at[slot])
 
-                for place, unit in enumerate(units):
+                if source is refs.key and masked:
+                    write_down(slot, units)
+                for place, (unit, _, _) in enumerate(units):
                     tokens = pl.ds(unit * i32(size), size)
                     rows = pl.ds(place * size, size)
                     mgpu.copy_gmem_to_smem(
-                        source.at[tile.batch, tokens, kv_head],
+                        source.at[task.batch, tokens, kv_head],
                         target.at[slot, rows],
                         ready.at[slot],
                     )
                     if source is refs.key and refs.ids is not None:
                         mgpu.copy_gmem_to_smem(
-                            refs.ids.at[tile.batch, tokens], self.ids.at[slot, rows], ready.at[slot]
+                            refs.ids.at[task.batch, tokens], self.ids.at[slot, rows], ready.at[slot]
                         )
             return step + i32(1)
 
-        step = tile.steps.visit_masked(fetch, step, everything=all_masked)
-        return step if all_masked else tile.steps.visit_plain(fetch, step)
+        masked, plain = (functools.partial(fetch, masked=masked) for masked in (True, False))
+        step = task.steps.visit_masked(masked, step, everything=all_masked)
+        return step if all_masked else task.steps.visit_plain(plain, step)
 
 
 class KeyRefs(NamedTuple):

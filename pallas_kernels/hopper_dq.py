@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -12,8 +13,8 @@ from jax.experimental.pallas import mosaic_gpu as mgpu
 
 from pallas_kernels import hopper
 from pallas_kernels.call import Arrays, Settings
-from pallas_kernels.hopper import WARPGROUPS, KeyRefs, Pipeline
-from pallas_kernels.hopper_tiles import ROWS, At, QueryTile, Schedule, i32, spread
+from pallas_kernels.hopper import WARPGROUPS, KeyRefs, Notes, Pipeline
+from pallas_kernels.hopper_tiles import ROWS, QueryTile, Schedule, Told, i32, spread
 
 
 def dq(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Array]:
@@ -30,8 +31,8 @@ def dq(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Arr
 
     def compute(schedule: Schedule, refs: Any, scratch: Any, warpgroup: Any) -> None:
         q_ref, _, _, do_ref, lse_ref, delta_ref, *id_refs, dq_ref = refs
-        buffers, ready, stages = scratch
-        pipeline = Pipeline(*stages)
+        buffers, ready, notes, stages = scratch
+        notes, pipeline = Notes(*notes), Pipeline(lists, *stages)
         query, grad_out, outs, lses, deltas, *q_ids = (buffer.at[warpgroup] for buffer in buffers)
 
         def load(tile: QueryTile) -> None:
@@ -46,25 +47,32 @@ def dq(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Arr
             for source, target in copies:
                 mgpu.copy_gmem_to_smem(source, target, ready.at[warpgroup])
 
-        def take(tile: QueryTile, step: Any) -> tuple[QueryTile, Any]:
+        def load_next(round_: Any) -> Told:
+            told = notes.take(round_)
+            load(schedule.tile(round_, told))
+            return told
+
+        def take(round_: Any, state: tuple[Told, Any]) -> tuple[Told, Any]:
+            told, step = state
+            tile = schedule.tile(round_, told)
             mgpu.barrier_wait(ready.at[warpgroup])
             lse, delta, *my_ids = (
                 hopper.load_numbers(numbers, axis=0) for numbers in (lses, deltas, *q_ids)
             )
 
-            def add(at: At | None, sums: jax.Array, step: Any) -> jax.Array:
-                """at: of a step with a mask."""
+            def add(step: Any, sums: jax.Array, masked: bool) -> jax.Array:
                 slot = pipeline.slot(step)
                 mgpu.barrier_wait(pipeline.key_ready.at[slot])
                 mgpu.barrier_wait(pipeline.value_ready.at[slot])
-                kv_ids = None if at is None else pipeline.ids_at(slot)
+                kv_ids = pipeline.ids_at(slot) if masked else None
 
                 def grads_of_scores(products: Any, grad_weights: Any) -> jax.Array:
                     mgpu.wgmma(products, query, pipeline.key.at[slot].transpose((1, 0)))
                     mgpu.wgmma(grad_weights, grad_out, pipeline.value.at[slot].transpose((1, 0)))
                     scores = mgpu.wgmma_accumulator_load(products, wait_n=1)
-                    if at is not None:
-                        mask = tile.mask(at, warpgroup, my_ids[0] if segments else None, kv_ids)
+                    if masked:
+                        q_ids = my_ids[0] if segments else None
+                        mask = tile.mask(pipeline.at(slot), warpgroup, q_ids, kv_ids)
                         scores = jnp.where(mask, scores, -jnp.inf)
                     weights = jnp.exp2(scores * scale - spread(lse, scores))
                     weights = lax.optimization_barrier(weights)  # while the other product runs
@@ -79,36 +87,34 @@ def dq(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Arr
                 mgpu.barrier_arrive(pipeline.key_used.at[slot])
                 return sums
 
-            def masked(at: At, state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
-                return add(at, *state), state[1] + i32(1)
-
-            state = hopper.zeros(head_dim), step
-            sums, step = tile.steps.visit_masked(masked, state, everything=False)
-            end = step + tile.scalars.plain
-            sums = lax.fori_loop(step, end, lambda step, sums: add(None, sums, step), sums)
+            first_plain = step + told.masked
+            end = first_plain + told.plain
+            masked, plain = (functools.partial(add, masked=masked) for masked in (True, False))
+            sums = lax.fori_loop(step, first_plain, masked, hopper.zeros(head_dim))
+            sums = lax.fori_loop(first_plain, end, plain, sums)
             if "q_length" in schedule.refs:
                 sums = hopper.blank(sums, tile.padding(warpgroup))
-            more, following = schedule.after(tile)
             mgpu.commit_smem()  # all of the warpgroup have done with what it loaded
-            pl.when(more)(lambda: load(following))
+            following = round_ + i32(1)
+            told = lax.cond(schedule.has(following), lambda: load_next(following), lambda: told)
             mgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the tile before
             outs[...] = (sums * settings.scale).astype(dtype)
             mgpu.commit_smem()
             mgpu.copy_smem_to_gmem(outs, dq_ref.at[tile.batch, tile.rows(warpgroup), tile.head])
-            return following, end
+            return told, end
 
-        load(schedule.first())
-        schedule.visit(take, i32(0))
+        schedule.visit(take, (load_next(i32(0)), i32(0)))
         mgpu.wait_smem_to_gmem(0)
 
     def fetch(schedule: Schedule, refs: Any, scratch: Any) -> None:
         _, key_ref, value_ref, _, _, _, *id_refs, _ = refs
         keys = KeyRefs(key_ref, value_ref, id_refs[1] if segments else None)
-        pipeline = Pipeline(*scratch[2])
+        notes, pipeline = Notes(*scratch[2]), Pipeline(lists, *scratch[3])
 
-        def take(tile: QueryTile, step: Any) -> tuple[QueryTile, Any]:
-            step = pipeline.feed(tile, keys, group, step, all_masked=False)
-            return schedule.after(tile)[1], step
+        def take(round_: Any, step: Any) -> Any:
+            task = schedule.task(round_)
+            notes.write(round_, Told(task.place, *task.steps.number(everything=False)))
+            return pipeline.feed(task, keys, group, step, all_masked=False)
 
         schedule.visit(take, i32(0))
 
@@ -119,6 +125,7 @@ def dq(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Arr
     scratch = (
         (*rows, rows[0], row_numbers, row_numbers, *[row_ids] * segments),
         mgpu.Barrier(num_arrivals=4 + segments, num_barriers=WARPGROUPS),
+        Notes.scratch(),
         Pipeline.scratch(tile_shape, lists, (head_dim, value_dim), dtype, segments),
     )
     lse, delta = hopper.padded(arrays["lse"], jnp.inf), hopper.padded(arrays["delta"], 0.0)

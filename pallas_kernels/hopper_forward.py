@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -14,8 +15,8 @@ from jax.experimental.pallas import mosaic_gpu as mgpu
 
 from pallas_kernels import hopper
 from pallas_kernels.call import Arrays, Settings
-from pallas_kernels.hopper import WARPGROUPS, KeyRefs, Pipeline, Turns
-from pallas_kernels.hopper_tiles import ROWS, At, QueryTile, Schedule, i32, spread
+from pallas_kernels.hopper import WARPGROUPS, KeyRefs, Notes, Pipeline, Turns
+from pallas_kernels.hopper_tiles import ROWS, QueryTile, Schedule, Told, i32, spread
 from pallas_kernels.softmax import (
     GREATEST_TOTAL,
     LEAST_FLOAT16_WEIGHT,
@@ -24,6 +25,7 @@ from pallas_kernels.softmax import (
     log2,
 )
 
+_FLAGS = 512
 Carry = tuple[jax.Array, jax.Array, jax.Array]
 """Output [rows, dim], largest score in log2 [rows] and sum of weights [rows], all float32."""
 
@@ -39,8 +41,9 @@ def forward(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[ja
 
     def compute(schedule: Schedule, refs: Any, scratch: Any, warpgroup: Any) -> None:
         q_ref, _, _, *id_refs, o_ref, lse_ref = refs
-        (queries, outs, lses, bad, *q_ids), (query_ready, decided), turns, stages = scratch
-        mine, turns, pipeline = queries.at[warpgroup], Turns(turns), Pipeline(*stages)
+        (queries, outs, lses, bad, *q_ids), flags, (query_ready, decided), turns, *rest = scratch
+        mine, flags, turns = queries.at[warpgroup], Flags(flags), Turns(turns)
+        notes, pipeline = Notes(*rest[0]), Pipeline(lists, *rest[1])
 
         def load(tile: QueryTile) -> None:
             rows, ready = tile.rows(warpgroup), query_ready.at[warpgroup]
@@ -50,37 +53,54 @@ def forward(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[ja
                     id_refs[0].at[tile.batch, rows], q_ids[0].at[warpgroup], ready
                 )
 
-        def take(tile: QueryTile, step: Any) -> tuple[QueryTile, Any]:
+        def load_next(number: Any, round_: Any) -> Told:
+            told = notes.take(number)
+            load(schedule.tile(round_, told))
+            return told
+
+        def walk(tile: QueryTile, step: Any, pin: bool) -> tuple[Carry, Any, jax.Array | None]:
             mgpu.barrier_wait(query_ready.at[warpgroup])
             my_ids = hopper.load_numbers(q_ids[0].at[warpgroup], axis=0) if segments else None
             padding = tile.padding(warpgroup) if "q_length" in schedule.refs else None
-            walk = functools.partial(
-                _walk, tile, mine, my_ids, turns, pipeline, dtype, settings.exp2.scale, warpgroup
+            scale = settings.exp2.scale
+            carry, step = _walk(
+                tile, mine, my_ids, turns, pipeline, dtype, scale, warpgroup, step, pin
             )
-            carry, step = walk(step, pin=True)
+            return carry, step, padding
 
-            def decide() -> jax.Array:
-                good = _in_range(tile, carry, dtype)
-                if padding is not None:
-                    good |= padding
-                bad.at[warpgroup][...] = jnp.where(good, 0.0, 1.0)
-                mgpu.barrier_arrive(decided)
-                return _is_bad(bad, decided)
-
-            again = _if_pinned(tile, decide)
-            carry, step = lax.cond(again, lambda: walk(step, pin=False), lambda: (carry, step))
-            more, following = schedule.after(tile)
+        def take(round_: Any, state: tuple[Told, Any]) -> tuple[Told, Any]:
+            told, step = state
+            tile = schedule.tile(round_, told)
+            carry, step, padding = walk(tile, step, pin=True)
+            good = _in_range(tile, carry, dtype)
+            if padding is not None:
+                good |= padding
+            bad.at[warpgroup][...] = jnp.where(good, 0.0, 1.0)
             mgpu.commit_smem()  # all of the warpgroup have done with the query
-            pl.when(more)(lambda: load(following))
+            following = round_ + i32(1)
+            told = lax.cond(
+                schedule.has(following), lambda: load_next(following, following), lambda: told
+            )
+            number_bad = hopper.load_numbers(bad.at[warpgroup], axis=1).sum()
+            flags.set(warpgroup, round_, (number_bad > 0) & (tile.told.plain > i32(0)))
             store(tile, carry, padding)
-            return following, step
+            return told, step
+
+        def take_again(round_: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
+            number, step = state
+            told = load_next(number, round_)
+            tile = schedule.tile(round_, told)
+            carry, step, padding = walk(tile, step, pin=False)
+            store(tile, carry, padding)
+            mgpu.commit_smem()  # all of the warpgroup have done with the query
+            return number + i32(1), step
 
         def store(tile: QueryTile, carry: Carry, padding: jax.Array | None) -> None:
             out, peak, sums = carry
             seen = sums != 0  # a NaN was seen too
             whole = jnp.where(seen, sums, 1.0)
             lse = peak + jnp.where(whole == whole, log2(whole), jnp.nan)
-            out = out / spread(whole, out)
+            out = out * spread(1.0 / whole, out)  # a division a row, not one an element
             lse = jnp.where(seen, lse, -jnp.inf)
             if padding is not None:
                 lse = jnp.where(padding, -jnp.inf, lse)
@@ -93,25 +113,30 @@ def forward(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[ja
             mgpu.copy_smem_to_gmem(outs.at[warpgroup], o_ref.at[tile.batch, rows, tile.head])
             mgpu.copy_smem_to_gmem(lses.at[warpgroup], lse_ref.at[tile.batch, tile.head, rows])
 
-        load(schedule.first())
-        schedule.visit(take, i32(0))
+        first = load_next(i32(0), i32(0))
+        _, step = schedule.visit(take, (first, i32(0)))
+        mgpu.wait_smem_to_gmem(0)  # results that may be written again
+        mgpu.barrier_arrive(decided)
+        mgpu.barrier_wait(decided)
+        flags.visit(schedule, take_again, (schedule.rounds, step))
         mgpu.wait_smem_to_gmem(0)
 
     def fetch(schedule: Schedule, refs: Any, scratch: Any) -> None:
         _, key_ref, value_ref, *id_refs, _, _ = refs
         keys = KeyRefs(key_ref, value_ref, id_refs[1] if segments else None)
-        (_, _, _, bad, *_), (_, decided), _, stages = scratch
-        pipeline = Pipeline(*stages)
+        _, flags, (_, decided), _, *rest = scratch
+        notes, pipeline = Notes(*rest[0]), Pipeline(lists, *rest[1])
 
-        def take(tile: QueryTile, step: Any) -> tuple[QueryTile, Any]:
-            feed = functools.partial(pipeline.feed, tile, keys, group)
-            step = feed(step, all_masked=False)
-            _, following = schedule.after(tile)
-            again = _if_pinned(tile, lambda: _is_bad(bad, decided))
-            feed_again = functools.partial(feed, all_masked=True)
-            return following, lax.cond(again, feed_again, lambda step: step, step)
+        def take(round_: Any, state: tuple[Any, Any], again: bool) -> tuple[Any, Any]:
+            number, step = state
+            task = schedule.task(round_)
+            notes.write(number, Told(task.place, *task.steps.number(everything=again)))
+            step = pipeline.feed(task, keys, group, step, all_masked=again)
+            return number + i32(1), step
 
-        schedule.visit(take, i32(0))
+        state = schedule.visit(functools.partial(take, again=False), (i32(0), i32(0)))
+        mgpu.barrier_wait(decided)
+        Flags(flags).visit(schedule, functools.partial(take, again=True), state)
 
     out_shape = [
         jax.ShapeDtypeStruct((batch, q_len, heads, value_dim), dtype),
@@ -123,11 +148,13 @@ def forward(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[ja
     rows = [hopper.shared((WARPGROUPS, ROWS, dim), dtype) for dim in (head_dim, value_dim)]
     scratch = (
         (*rows, row_numbers, row_numbers, *[row_ids] * segments),
+        mgpu.SMEM((WARPGROUPS, _FLAGS), jnp.int32),
         (
             mgpu.Barrier(num_arrivals=1 + segments, num_barriers=WARPGROUPS),
             mgpu.Barrier(num_arrivals=WARPGROUPS),
         ),
         mgpu.Barrier(num_arrivals=WARPGROUPS),
+        Notes.scratch(),
         Pipeline.scratch(tile_shape, lists, (head_dim, value_dim), dtype, segments),
     )
     out, lse = hopper.call(
@@ -135,6 +162,32 @@ def forward(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[ja
         list_arrays, out_shape, scratch,
     )  # fmt: skip
     return out, lse[..., :q_len]
+
+
+@dataclasses.dataclass(frozen=True)
+class Flags:
+    """Whether a row of a warpgroup's tile left the range, by the round that the tile was taken in.
+
+    Rounds far apart share a flag: a tile that is taken again for nothing comes out as well.
+    """
+
+    words: Any
+
+    def set(self, warpgroup: Any, round_: Any, bad: jax.Array) -> None:
+        place = lax.rem(round_, i32(_FLAGS))
+        word = jnp.where(bad, i32(1), i32(0))
+        before = jnp.where(round_ < i32(_FLAGS), i32(0), self.words[warpgroup, place])
+        self.words[warpgroup, place] = before | word
+
+    def visit(self, schedule: Schedule, body: Callable[[Any, Any], Any], state: Any) -> Any:
+        """Calls `body(round, state) -> state` for each round that has to be taken again."""
+
+        def one(round_: Any, state: Any) -> Any:
+            place = lax.rem(round_, i32(_FLAGS))
+            bad = self.words[0, place] | self.words[1, place]
+            return lax.cond(bad > i32(0), lambda s: body(round_, s), lambda s: s, state)
+
+        return schedule.visit(one, state)
 
 
 def _walk(
@@ -158,8 +211,8 @@ def _walk(
     def wait_for_key(step: Any) -> None:
         mgpu.barrier_wait(pipeline.key_ready.at[pipeline.slot(step)])
 
-    def attend(at: At | None, carry: Carry, step: Any, end: Any) -> Carry:
-        """at: of a step with a mask; None: the peak is pinned. end: the key of the next step is
+    def attend(step: Any, carry: Carry, masked: bool, end: Any) -> Carry:
+        """masked: with a mask; otherwise the peak is pinned. end: the key of the next step is
         waited for already, while the products run, if there is one before `end`.
         """
         out, peak, sums = carry
@@ -171,10 +224,10 @@ def _walk(
             return products[...]
 
         scores = pl.run_scoped(multiply, mgpu.ACC((ROWS, keys), jnp.float32))
-        if at is not None:
-            mask = tile.mask(at, warpgroup, q_ids, pipeline.ids_at(slot))
+        if masked:
+            mask = tile.mask(pipeline.at(slot), warpgroup, q_ids, pipeline.ids_at(slot))
         mgpu.barrier_arrive(pipeline.key_used.at[slot])
-        if at is not None:
+        if masked:
             scores = jnp.where(mask, scores, -jnp.inf)
             before, peak = peak, jnp.maximum(peak, scores.max(axis=1) * scale)
             decay = jnp.exp2(before - peak)
@@ -196,24 +249,23 @@ def _walk(
         mgpu.barrier_arrive(pipeline.value_used.at[slot])
         return out, peak, sums
 
-    def masked(at: At, state: tuple[Carry, Any]) -> tuple[Carry, Any]:
-        carry, step = state
+    def attend_masked(step: Any, carry: Carry) -> Carry:
         wait_for_key(step)
-        return attend(at, carry, step, end=step), step + i32(1)
+        return attend(step, carry, masked=True, end=step)
 
     turns.begin(warpgroup)
     carry: Carry = hopper.zeros(value_dim), hopper.per_row(LOWEST), hopper.per_row(0.0)
-    carry, step = tile.steps.visit_masked(masked, (carry, step), everything=not pin)
+    first_plain = step + tile.told.masked
+    carry = lax.fori_loop(step, first_plain, attend_masked, carry)
+    end = first_plain + tile.told.plain
     if pin:
         out, peak, sums = carry
         carry = out, jnp.where(sums > 0, peak, 0.0), sums
-        end = step + tile.scalars.plain
-        pl.when(step < end)(lambda: wait_for_key(step))
-        body = functools.partial(attend, None, end=end)
-        carry = lax.fori_loop(step, end, lambda step, carry: body(carry, step), carry)
-        step = end
+        pl.when(first_plain < end)(lambda: wait_for_key(first_plain))
+        body = functools.partial(attend, masked=False, end=end)
+        carry = lax.fori_loop(first_plain, end, body, carry)
     turns.end(warpgroup)
-    return carry, step
+    return carry, end
 
 
 def _in_range(tile: QueryTile, carry: Carry, dtype: Any) -> jax.Array:
@@ -221,23 +273,7 @@ def _in_range(tile: QueryTile, carry: Carry, dtype: Any) -> jax.Array:
     out, _, sums = carry
     least: Any = LEAST_TOTAL
     if dtype == jnp.float16:
-        keys = tile.scalars.plain * i32(tile.lists.unit * tile.lists.group)
+        keys = tile.told.plain * i32(tile.lists.unit * tile.lists.group)
         least = jnp.maximum(keys.astype(jnp.float32) * LEAST_FLOAT16_WEIGHT, LEAST_TOTAL)
     finite = (out * 0.0).sum(axis=1) == 0.0
     return (sums >= least) & (sums <= GREATEST_TOTAL) & finite
-
-
-def _if_pinned(tile: QueryTile, decide: Callable[[], jax.Array]) -> jax.Array:
-    """What is decided, where anything is taken in with a pinned peak. Nothing else may be decided
-    upon: only a fetched key keeps the warpgroups from getting further apart than one decision.
-    """
-    return lax.cond(tile.scalars.plain > i32(0), decide, lambda: jnp.bool_(False))
-
-
-def _is_bad(bad: Any, decided: Any) -> jax.Array:
-    """Whether a row has to be taken in again, once that is decided."""
-    mgpu.barrier_wait(decided)
-    first, second = (
-        hopper.load_numbers(bad.at[warpgroup], axis=1) for warpgroup in range(WARPGROUPS)
-    )
-    return (first + second).sum() > 0

@@ -46,13 +46,18 @@ class Steps:
     row: Any
     span: Span | None
 
-    def plain(self) -> jax.Array:
-        """How many have no mask."""
+    def number(self, everything: bool) -> tuple[Any, Any]:
+        """How many have a mask, and how many have none. everything: all are taken with one."""
 
-        def count(index: Any, total: Any) -> Any:
+        def plain(index: Any, total: Any) -> Any:
             return total + self._run(index, "inner").tiles
 
-        return lax.fori_loop(*self._of_row("run"), count, i32(0))
+        if self.span is None and not everything:
+            start, stop = self._of_row("partial")
+            masked = _tiles(stop - start, self.lists.group)
+        else:
+            masked = self.visit_masked(lambda _, total: total + i32(1), i32(0), everything)
+        return masked, i32(0) if everything else lax.fori_loop(*self._of_row("run"), plain, i32(0))
 
     def visit_masked(self, body: Callable[[At, Any], Any], state: Any, everything: bool) -> Any:
         """`body(at, state) -> state` for each step that has a mask. everything: for all."""
@@ -82,7 +87,7 @@ class Steps:
         return self._visit_runs(body, state, "all" if everything else "outer")
 
     def visit_plain(self, body: Callable[[At, Any], Any], state: Any) -> Any:
-        """The same for each step that has none."""
+        """`body(at, state) -> state` for each step that has none."""
         return self._visit_runs(body, state, "inner")
 
     def _visit_runs(self, body: Callable[[At, Any], Any], state: Any, part: Part) -> Any:
@@ -115,18 +120,23 @@ class Steps:
         return starts[self.row], starts[self.row + i32(1)]
 
 
-class Scalars(NamedTuple):
-    """What a program knows of a tile; int32.
+class Task(NamedTuple):
+    """A tile of queries, for the warpgroup that fetches: place is which 128 of the sequence."""
 
-    round: how many tiles the program took before. row: of its lists. place: which 128 queries of
-    the sequence it has. plain: how many steps without masks. span: as of `Steps`.
+    batch: Any
+    head: Any
+    place: Any
+    steps: Steps
+
+
+class Told(NamedTuple):
+    """What the warpgroups that multiply are told of a tile: its place, and how many of its steps
+    have a mask and how many none; int32.
     """
 
-    round: Any
-    row: Any
     place: Any
+    masked: Any
     plain: Any
-    span: Span | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,33 +165,21 @@ class Schedule:
     def programs(self) -> int:
         return min(self.tiles, multiprocessors())
 
-    def first(self) -> QueryTile:
-        return self._at(i32(0))
+    def visit(self, body: Callable[[Any, Any], Any], state: Any) -> Any:
+        """Calls `body(round, state) -> state` for each round in which this program has a tile."""
+        return lax.fori_loop(i32(0), self.rounds, body, state)
 
-    def after(self, tile: QueryTile) -> tuple[Any, QueryTile]:
-        """Whether the program takes another tile after this one, and that tile."""
-        following = tile.scalars.round + i32(1)
-        return self._number(following) < i32(self.tiles), self._at(following)
+    @property
+    def rounds(self) -> Any:
+        """In how many this program has a tile."""
+        whole = i32(self.tiles // self.programs)
+        return whole + jnp.where(self.has(whole), i32(1), i32(0))
 
-    def visit(self, body: Callable[[QueryTile, Any], tuple[QueryTile, Any]], state: Any) -> Any:
-        """Calls `body(tile, state) -> (next tile, state)` for each tile of this program."""
-        whole_rounds = i32(self.tiles // self.programs)
-        rest = jnp.where(self._number(whole_rounds) < i32(self.tiles), i32(1), i32(0))
+    def has(self, round_: Any) -> Any:
+        """Whether this program has a tile in a round."""
+        return self._number(round_) < i32(self.tiles)
 
-        def one(_: Any, carry: tuple[Scalars, Any]) -> tuple[Scalars, Any]:
-            following, state = body(self._tile(carry[0]), carry[1])
-            return following.scalars, state
-
-        return lax.fori_loop(i32(0), whole_rounds + rest, one, (self.first().scalars, state))[1]
-
-    def _number(self, round_: Any) -> Any:
-        """Of the tile that this program takes in a round."""
-        mine, last = lax.axis_index(PROGRAM), i32(self.programs - 1)
-        mine = jnp.where(lax.rem(round_, i32(2)) > i32(0), last - mine, mine)
-        return round_ * i32(self.programs) + mine
-
-    def _at(self, round_: Any) -> QueryTile:
-        """The tile of a round; the last one where there is none."""
+    def task(self, round_: Any) -> Task:
         number, head, batch = self._place(round_)
         rank = lax.rem(number, i32(self.lists.num_tiles))
         pattern = self.refs["pattern_of_head"][batch, head]
@@ -191,12 +189,10 @@ class Schedule:
             assert self.settings.query_offset is not None
             index = place - i32(self.settings.query_offset // MOSAIC_ROWS)
             span = Span(*(self.refs["spans"][batch, index, i32(end)] for end in range(4)))
-        plain = Steps(self.refs, self.lists, row, span).plain()
-        return self._tile(Scalars(round_, row, place, plain, span))
+        return Task(batch, head, place, Steps(self.refs, self.lists, row, span))
 
-    def _tile(self, scalars: Scalars) -> QueryTile:
-        _, head, batch = self._place(scalars.round)
-        steps = Steps(self.refs, self.lists, scalars.row, scalars.span)
+    def tile(self, round_: Any, told: Told) -> QueryTile:
+        _, head, batch = self._place(round_)
 
         def length(name: str, longest: int) -> Any:
             if name not in self.refs:
@@ -204,11 +200,17 @@ class Schedule:
             return jnp.minimum(jnp.maximum(self.refs[name][batch], i32(0)), i32(longest))
 
         lengths = length("q_length", self.q_len), length("kv_length", self.kv_len)
-        return QueryTile(self.settings, self.lists, *lengths, head, batch, steps, scalars)
+        return QueryTile(self.settings, self.lists, *lengths, head, batch, told)
+
+    def _number(self, round_: Any) -> Any:
+        """Of the tile that this program takes in a round."""
+        mine, last = lax.axis_index(PROGRAM), i32(self.programs - 1)
+        mine = jnp.where(lax.rem(round_, i32(2)) > i32(0), last - mine, mine)
+        return round_ * i32(self.programs) + mine
 
     def _place(self, round_: Any) -> tuple[Any, Any, Any]:
         """Number, head and batch entry of the tile of a round."""
-        number = jnp.minimum(self._number(round_), i32(self.tiles - 1))
+        number = self._number(round_)
         row = lax.div(number, i32(self.lists.num_tiles))
         return number, lax.rem(row, i32(self.heads)), lax.div(row, i32(self.heads))
 
@@ -223,8 +225,7 @@ class QueryTile:
     kv_length: Any
     head: Any
     batch: Any
-    steps: Steps
-    scalars: Scalars
+    told: Told
 
     def rows(self, warpgroup: Any) -> Any:
         """The queries of a warpgroup, for an index into an array."""
@@ -233,7 +234,7 @@ class QueryTile:
 
     def _position(self, warpgroup: Any) -> Any:
         """Of its first query in the sequence."""
-        return self.scalars.place * i32(MOSAIC_ROWS) + warpgroup * i32(ROWS)
+        return self.told.place * i32(MOSAIC_ROWS) + warpgroup * i32(ROWS)
 
     def mask(self, at: At, warpgroup: Any, q_ids: Any, kv_ids: Any) -> jax.Array:
         """Which of the keys of a step each query of a warpgroup sees.

@@ -8,7 +8,7 @@ from hypothesis import given
 from jax.sharding import AxisType
 
 import s2_jax
-from pallas_kernels import hopper_tiles
+from pallas_kernels import hopper_forward, hopper_tiles
 from s2_jax import Tile, TileConfig
 from tests.calls import AttentionCall, assert_padding_reaches_nothing, check
 from tests.draws import mosaic_calls
@@ -69,6 +69,11 @@ def test_drawn_calls_agree_with_the_oracle(call):
 
 def test_nan_in_the_padding_reaches_nothing():
     assert_padding_reaches_nothing(CALLS["padded"], "interpret")
+
+
+def test_tiles_that_share_a_flag_are_all_taken_again(monkeypatch):
+    monkeypatch.setattr(hopper_forward, "_FLAGS", 2)
+    check(dataclasses.replace(CALLS["beyond-the-peak"], q_len=768, kv_len=768), "interpret")
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())

@@ -160,12 +160,11 @@ def test_leaks_can_be_checked():
 @pytest.mark.parametrize(
     ("keys", "forward", "dq", "dim", "segments", "fits"),
     [
-        (128, 2, 2, 128, False, True),
-        (128, 3, 2, 128, False, False),
-        (128, 2, 2, 128, True, False),
-        (64, 4, 4, 128, False, True),
-        (64, 4, 4, 128, True, False),
+        (128, 2, None, 128, True, True),
+        (128, 3, None, 128, False, False),
+        (128, None, 2, 128, False, False),
         (64, 4, 3, 128, True, True),
+        (64, 4, 4, 128, False, False),
         (64, 5, 3, 128, False, False),
         (128, 5, 5, 64, True, True),
         (128, 5, 6, 64, False, False),
@@ -173,12 +172,15 @@ def test_leaks_can_be_checked():
 )
 def test_shared_memory_is_counted_as_it_is(keys, forward, dq, dim, segments, fits):
     """The same calls as fit by Mosaic's own count, at the edge of it."""
-    forward, dq = (Tile(128, keys, 8, stages, lowering="mosaic") for stages in (forward, dq))
+    forward, dq = (
+        Tile(128, keys, 8, stages, lowering="mosaic") if stages else PLAIN
+        for stages in (forward, dq)
+    )
     ids = {"segment_ids": jnp.zeros((1, 136), jnp.int32)} if segments else {}
     attend = attention(tiles=TileConfig(forward, dq, PLAIN), **ids)
     shapes = [(1, 136, 1, dim)] * 3
     if fits:
-        assert kernels_of(lowered(attend, shapes)) == (2, 1)
+        assert sum(kernels_of(lowered(attend, shapes))) == 3
     else:
         with pytest.raises(ValueError, match=r"num_stages=. of tiles\.(forward|dq) are too many"):
             lowered(attend, shapes)

@@ -69,9 +69,9 @@ def test_every_tile_is_taken_once_and_long_ones_are_shared_out(
     programs = min(programs, tiles * heads * batch)
 
     def take():
-        def body(tile, taken):
-            at = tile.batch, tile.head, tile.scalars.place
-            return of.after(tile)[1], taken.at[at].add(1)
+        def body(round_, taken):
+            task = of.task(round_)
+            return taken.at[task.batch, task.head, task.place].add(1)
 
         return of.visit(body, jnp.zeros((batch, heads, tiles), jnp.int32))
 
@@ -86,10 +86,7 @@ def test_a_length_that_deals_the_same_rows_is_shared_out_too(as_program):
     of = schedule(128 * 12, heads=8)
 
     def take():
-        def body(tile, work):
-            return of.after(tile)[1], work + tile.scalars.place + 1
-
-        return of.visit(body, jnp.int32(0))
+        return of.visit(lambda round_, work: work + of.task(round_).place + 1, jnp.int32(0))
 
     work = np.stack(as_program(take, 12))
     assert work.max() == work.min() == 8 * 13 // 2
@@ -105,7 +102,7 @@ def visited(of, everything=False):
 
     @jax.jit
     def one(round_):
-        tile = of._at(round_)
+        task = of.task(round_)
 
         def step(at, counts):
             for place in range(lists):
@@ -116,14 +113,17 @@ def visited(of, everything=False):
             return counts
 
         counts = jnp.zeros((2, units), jnp.int32)
-        masked = tile.steps.visit_masked(step, counts, everything=everything)
-        plain = counts if everything else tile.steps.visit_plain(step, counts)
-        return tile.batch, tile.head, tile.scalars.place, tile.scalars.plain, masked, plain
+        masked = task.steps.visit_masked(step, counts, everything=everything)
+        plain = counts if everything else task.steps.visit_plain(step, counts)
+        number = task.steps.number(everything)
+        walked = task.steps.visit_masked(lambda _, n: n + 1, jnp.int32(0), everything=everything)
+        return task.batch, task.head, task.place, number, walked, masked, plain
 
     first = of.settings.query_offset // 128
     for number in range(of.tiles):
-        batch, head, place, number_plain, masked, plain = one(np.int32(number))
-        assert int(plain.sum()) == (0 if everything else 2 * lists * int(number_plain))
+        batch, head, place, told, walked, masked, plain = one(np.int32(number))
+        assert told[0] == walked
+        assert int(plain.sum()) == 2 * lists * int(told[1])
         seen[batch, head, place - first] = masked + plain
     return seen
 
