@@ -218,7 +218,8 @@ def _dense(query, key, value, d_out, d_lse, mask, scale, cap):
     """softmax(mask(cap(q k))) v and its gradients, by the book."""
     kv_heads, group = key.shape[2], query.shape[2] // key.shape[2]
     key, value = np.repeat(key, group, axis=2), np.repeat(value, group, axis=2)
-    scores = np.einsum("bqnh,bknh->bnqk", query, key) * scale
+    query, key, value, d_out = (x.swapaxes(1, 2) for x in (query, key, value, d_out))  # bnqh
+    scores = query @ key.mT * scale
     slope = 1.0
     if cap is not None:
         tanh = np.tanh(scores / cap)
@@ -229,26 +230,28 @@ def _dense(query, key, value, d_out, d_lse, mask, scale, cap):
     some = total > 0
     weights = weights / np.where(some, total, 1)
     lse = np.where(some, peak + np.log(np.where(some, total, 1)), -np.inf)[..., 0]
-    d_weights = np.einsum("bqnh,bknh->bnqk", d_out, value)
+    d_weights = d_out @ value.mT
     delta = (weights * d_weights).sum(axis=-1, keepdims=True)
     d_scores = weights * (d_weights - delta + d_lse[..., None]) * slope * scale
     # The terms of which dq and dk are sums, without their signs.
-    terms = np.einsum("bqnh,bknh->bnqk", np.abs(d_out), np.abs(value))
+    terms = np.abs(d_out) @ np.abs(value).mT
     terms = terms + (weights * terms).sum(axis=-1, keepdims=True) + np.abs(d_lse)[..., None]
     terms = weights * terms * np.abs(slope * scale)
 
     def ungroup(array):
         return array.reshape(*array.shape[:2], kv_heads, group, -1).sum(axis=3)
 
-    return {
-        "out": np.einsum("bnqk,bknh->bqnh", weights, value),
-        "lse": lse,
-        "dq": np.einsum("bnqk,bknh->bqnh", d_scores, key),
-        "dk": ungroup(np.einsum("bnqk,bqnh->bknh", d_scores, query)),
-        "dv": ungroup(np.einsum("bnqk,bqnh->bknh", weights, d_out)),
-        "dq terms": np.einsum("bnqk,bknh->bqnh", terms, np.abs(key)),
-        "dk terms": ungroup(np.einsum("bnqk,bqnh->bknh", terms, np.abs(query))),
+    products = {
+        "out": weights @ value,
+        "dq": d_scores @ key,
+        "dk": d_scores.mT @ query,
+        "dv": weights.mT @ d_out,
+        "dq terms": terms @ np.abs(key),
+        "dk terms": terms.mT @ np.abs(query),
     }
+    products = {name: array.swapaxes(1, 2) for name, array in products.items()}
+    sums = {name: ungroup(products[name]) for name in ("dk", "dv", "dk terms")}
+    return products | sums | {"lse": lse}
 
 
 def assert_as_good_as(
