@@ -12,7 +12,7 @@ EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 @pytest.mark.parametrize(
-    "example", EXAMPLES, ids=["call", "linen", "nnx", "pretrained", "packed", "inference"]
+    "example", EXAMPLES, ids=["call", "linen", "nnx", "pretrained", "packed", "tokens", "inference"]
 )
 def test_example_runs(example, monkeypatch):
     monkeypatch.chdir(ROOT)
