@@ -36,7 +36,7 @@ from pallas_kernels.hopper_tiles import (
     i32,
     spread,
 )
-from pallas_kernels.lowering import vary_alike
+from pallas_kernels.lowering import hide_varying
 from pallas_kernels.tiles import MOSAIC_ROWS, Tile
 
 WARPGROUPS = 2
@@ -286,7 +286,6 @@ def call(
     """
     batch, q_len, heads, _ = arrays["query"].shape
     named = call_operands(settings, lists, arrays, list_arrays)
-    flat = vary_alike([*operands, *named.values()])
     number, interpret = len(operands), settings.launcher == "interpret"
     schedule = Schedule({}, settings, lists, heads, batch, q_len, arrays["key"].shape[1])
 
@@ -312,7 +311,7 @@ def call(
         pl.run_scoped(lambda scratch: body(refs, scratch), scratch, collective_axes=_WARPGROUP)
 
     kernel.__name__ = name
-    results = mgpu.kernel(
+    run = mgpu.kernel(
         kernel,
         out_type=list(out_shape),
         grid=(schedule.programs,),
@@ -321,8 +320,8 @@ def call(
         thread_name=_WARPGROUP,
         interpret=_interpreter() if interpret else None,
         compiler_params=mgpu.CompilerParams(approx_math=True),
-    )(*flat)
-    return list(results)
+    )
+    return hide_varying(run)(*operands, *named.values())
 
 
 def _interpreter() -> Any:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
+from jax import lax
+from jax._src import config as _config  # `_check_vma` has no public name
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
@@ -126,6 +128,30 @@ def vary_alike(arrays: Sequence[Any]) -> tuple[jax.Array, ...]:
         jax.lax.pcast(array, tuple(sorted(axes - own)), to="varying") if axes - own else array
         for array, own in zip(arrays, known, strict=True)
     )
+
+
+def can_hide_varying() -> bool:
+    return hasattr(_config, "_check_vma")
+
+
+def hide_varying(function: Callable[..., Sequence[jax.Array]]) -> Callable[..., list[jax.Array]]:
+    """The same function of arrays, which sees none of them vary over a mesh axis.
+
+    Mosaic's kernels are traced like that by JAX itself, but read numbers of operands that vary:
+    loops over those are refused, since what is made of them does not.
+    """
+
+    def call(*arrays: jax.Array) -> list[jax.Array]:
+        axes = tuple(sorted(varying(arrays)))
+        if not axes:
+            return list(function(*arrays))
+        with _config._check_vma(False):
+            # An axis is added and taken away: what an operation returns is not said to vary.
+            hidden = [lax.squeeze(lax.expand_dims(array, [0]), [0]) for array in arrays]
+            results = function(*hidden)
+        return [lax.pcast(result, axes, to="varying") for result in results]
+
+    return call
 
 
 def call_kernel(

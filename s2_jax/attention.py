@@ -320,8 +320,9 @@ def _missing_for_mosaic(call: Call, interpreted: bool = False) -> str | None:
             not isinstance(offset, int) or offset % MOSAIC_ROWS != 0
         ),
         "take no logits_soft_cap": call.logits_soft_cap is not None,
-        "do not run inside shard_map with check_vma=True": bool(
-            lowering.varying(jax.tree.leaves(_operands(call)))
+        "do not run inside shard_map with check_vma=True in this JAX": (
+            not lowering.can_hide_varying()
+            and bool(lowering.varying(jax.tree.leaves(_operands(call))))
         ),
         "leak in JAX's own tracing, which jax.checking_leaks finds": bool(
             jax.config.jax_check_tracer_leaks  # type: ignore[attr-defined]

@@ -91,10 +91,6 @@ def by_hand(split, implementation, head_axis, *, check_vma):
 def test_shard_map(check_vma, kv_heads, split, implementation):
     head_axis = "x" if split == "heads" else None
     arrays = place(draw(kv_heads=kv_heads), make_mesh(AxisType.Auto), SPLITS[split])
-    if implementation == "mosaic" and check_vma:
-        with pytest.raises(NotImplementedError, match="check_vma=True"):
-            by_hand(split, implementation, head_axis, check_vma=True)(*arrays)
-        return
     compiled = (
         jax.jit(by_hand(split, implementation, head_axis, check_vma=check_vma))
         .lower(*arrays)
