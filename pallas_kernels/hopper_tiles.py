@@ -49,18 +49,29 @@ class Steps:
     def number(self, everything: bool) -> tuple[Any, Any]:
         """How many have a mask, and how many have none. everything: all are taken with one."""
 
-        def plain(index: Any, total: Any) -> Any:
-            return total + self._run(index, "inner").tiles
+        def of_run(index: Any, totals: tuple[Any, Any]) -> tuple[Any, Any]:
+            masked, plain = totals
+            if everything:
+                return masked + self._run(index, "all").tiles, plain
+            if self.span is not None:
+                masked += self._run(index, "outer").tiles
+            return masked, plain + self._run(index, "inner").tiles
 
-        if self.span is None and not everything:
-            start, stop = self._of_row("partial")
-            masked = _tiles(stop - start, self.lists.group)
-        else:
-            masked = self.visit_masked(lambda _, total: total + i32(1), i32(0), everything)
-        return masked, i32(0) if everything else lax.fori_loop(*self._of_row("run"), plain, i32(0))
+        masked = self._visit_partial(lambda _, total: total + i32(1), i32(0))
+        return lax.fori_loop(*self._of_row("run"), of_run, (masked, i32(0)))
 
     def visit_masked(self, body: Callable[[At, Any], Any], state: Any, everything: bool) -> Any:
         """`body(at, state) -> state` for each step that has a mask. everything: for all."""
+        state = self._visit_partial(body, state)
+        if self.span is None and not everything:
+            return state
+        return self._visit_runs(body, state, "all" if everything else "outer")
+
+    def visit_plain(self, body: Callable[[At, Any], Any], state: Any) -> Any:
+        """`body(at, state) -> state` for each step that has none."""
+        return self._visit_runs(body, state, "inner")
+
+    def _visit_partial(self, body: Callable[[At, Any], Any], state: Any) -> Any:
         group, span, partial = self.lists.group, self.span, self.refs["partial"]
         start, stop = self._of_row("partial")
 
@@ -81,14 +92,7 @@ class Steps:
             matters = (last >= span.start) & (first < span.stop)
             return lax.cond(matters, lambda state: body(at, state), lambda state: state, state)
 
-        state = lax.fori_loop(i32(0), _tiles(stop - start, group), some, state)
-        if span is None and not everything:
-            return state
-        return self._visit_runs(body, state, "all" if everything else "outer")
-
-    def visit_plain(self, body: Callable[[At, Any], Any], state: Any) -> Any:
-        """`body(at, state) -> state` for each step that has none."""
-        return self._visit_runs(body, state, "inner")
+        return lax.fori_loop(i32(0), _tiles(stop - start, group), some, state)
 
     def _visit_runs(self, body: Callable[[At, Any], Any], state: Any, part: Part) -> Any:
         seen = i32((1 << self.lists.rows) - 1), True
