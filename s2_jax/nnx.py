@@ -106,6 +106,23 @@ def check_input(
     check_segments(segment_ids, kv_segment_ids, batch, x.shape[-2], row.shape[-2], unbatched)
 
 
+def check_new_tokens(
+    x: Any,
+    cache: Any,
+    first: Any,
+    in_features: int,
+    pattern: Pattern,
+    num_heads: int,
+    num_kv_heads: int,
+) -> None:
+    """Raises ValueError or TypeError where tokens cannot join a cache by a layer."""
+    boolean("first", first)
+    check_input(x, None, 0, None, None, in_features)
+    if x.ndim != 3:
+        raise ValueError(f"x must be [batch, new, {in_features}], got shape {x.shape}")
+    check_cache_of(cache, pattern, num_heads, num_kv_heads)
+
+
 class S2Attention(nnx.Module):
     """Self-attention in which every head sees its own blocks of the context.
 
@@ -192,6 +209,8 @@ class S2Attention(nnx.Module):
         query_offset: Any = 0,
         segment_ids: Int[Array, "*batch length"] | None = None,
         kv_segment_ids: Int[Array, "*batch kv_length"] | None = None,
+        query_seq_lengths: Int[Array, " *batch"] | None = None,
+        key_value_seq_lengths: Int[Array, " *batch"] | None = None,
     ) -> Float[Array, "*batch length in_features"]:
         """Attends from `x` to `context`, by default `x` itself.
 
@@ -202,6 +221,9 @@ class S2Attention(nnx.Module):
           query_offset: an int, or int32 `[]` or `[batch]`, possibly traced.
           segment_ids: integers; tokens see those with an equal number.
           kv_segment_ids: the same for `context`; by default `segment_ids`.
+          query_seq_lengths: int32 `[batch]`, tokens of `x` that count; the rest is padding on the
+            right, and gives zeros before the output projection.
+          key_value_seq_lengths: the same for `context`.
 
         Raises:
           ValueError, TypeError: shapes that do not fit, or an offset without a context.
@@ -220,6 +242,8 @@ class S2Attention(nnx.Module):
             query_offset=query_offset,
             segment_ids=segment_ids,
             kv_segment_ids=kv_segment_ids,
+            query_seq_lengths=query_seq_lengths,
+            key_value_seq_lengths=key_value_seq_lengths,
         )
 
     def extend(
@@ -242,11 +266,9 @@ class S2Attention(nnx.Module):
           ValueError, TypeError: a cache of another pattern or other heads, shapes that do not fit.
         """
         axis_size(self.head_axis)
-        boolean("first", first)
-        check_input(x, None, 0, None, None, self.in_features)
-        if x.ndim != 3:
-            raise ValueError(f"x must be [batch, new, {self.in_features}], got shape {x.shape}")
-        check_cache_of(cache, self.pattern, self.num_heads, self.num_kv_heads)
+        check_new_tokens(
+            x, cache, first, self.in_features, self.pattern, self.num_heads, self.num_kv_heads
+        )
         query, key, value, rope_base = self._new(x, 0 if first else cache.length)
         attended, cache = cached_attention(
             query,

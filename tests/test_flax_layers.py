@@ -103,6 +103,62 @@ def test_linen_and_nnx_agree(row, use_bias):
     assert_close(compiled(lambda: call(functools.partial(linen.apply, variables))), expected)
 
 
+def test_what_padding_holds_changes_nothing(row):
+    module = nnx_module()
+    linen = functools.partial(linen_module().apply, linen_variables(module))
+    lengths = jnp.array([53, 20], jnp.int32)
+    counts = (jnp.arange(LENGTH)[None] < lengths[:, None])[..., None]
+    spoilt = jnp.where(counts, row, jnp.nan)
+    given = {"query_seq_lengths": lengths, "key_value_seq_lengths": lengths}
+    expected = jnp.where(counts, compiled(lambda: module(row)), 0)
+    for layer in (module, linen):
+        assert_close(compiled(lambda layer=layer: layer(spoilt, **given)), expected)
+        with pytest.raises(ValueError, match="query_seq_lengths must have shape"):
+            layer(row, query_seq_lengths=lengths[:1])
+
+
+@pytest.mark.parametrize("kind", [s2_jax.EvictingCache, s2_jax.ContiguousCache])
+@pytest.mark.parametrize("rope_base", [None, 100.0])
+def test_linen_and_nnx_extend_alike(row, rope_base, kind):
+    module, linen = (make(rope_base=rope_base) for make in (nnx_module, linen_module))
+    variables = linen_variables(module)
+    cache = kind.create(
+        PATTERN, batch=BATCH, max_length=80, num_heads=QUERY_HEADS, num_kv_heads=KV_HEADS,
+        head_dim=DIM, dtype=jnp.float32,
+    )  # fmt: skip
+    lengths = jnp.array([40, 31], jnp.int32)
+
+    def through(extend):
+        out, held = extend(row[:, :40], cache, lengths=lengths, first=True)
+        outs = [out[:, :31]]
+        for token in (41, 42):
+            out, held = extend(row[:, token : token + 1], held)
+            outs.append(out)
+        return jnp.concatenate(outs, axis=1), held
+
+    found, held = compiled(
+        lambda: through(functools.partial(linen.apply, variables, method="extend"))
+    )
+    expected, same = compiled(lambda: through(module.extend))
+    assert_close(found, expected)
+    jax.tree.map(assert_close, held, same)
+    whole = compiled(lambda: linen.apply(variables, row))
+    assert_close(found[:, :31], whole[:, :31])
+    late = linen.init(jax.random.key(0), row[:, :1], cache, method="extend")
+    assert jax.tree.map(jnp.shape, late) == jax.tree.map(jnp.shape, variables)
+
+
+def test_linen_refuses_the_cache_of_another_pattern(row):
+    cache = s2_jax.EvictingCache.create(
+        s2_jax.local_stride(2, 3, block_size=BLOCK), batch=BATCH, max_length=80,
+        num_heads=QUERY_HEADS, num_kv_heads=KV_HEADS, head_dim=DIM, dtype=jnp.float32,
+    )  # fmt: skip
+    variables = linen_variables(nnx_module())
+    for bad, match in ((cache, "pattern"), (None, "cache")):
+        with pytest.raises((TypeError, ValueError), match=match):
+            linen_module().apply(variables, row, bad, method="extend")
+
+
 def test_modules_train(row):
     module = nnx_module(use_bias=True)
     assert_trains(nnx.jit(nnx.grad(lambda module: jnp.sum(module(row) ** 2)))(module))
