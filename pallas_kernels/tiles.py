@@ -75,7 +75,7 @@ class TileConfig:
         """Raises ValueError where a kernel that Mosaic lowers would need more than there is."""
         # Rows of queries, of their gradients and of results that are in shared memory at a time,
         # and what else there is: numbers of a token, notes, flags, what the compiler reserves.
-        kernels = (("forward", self.forward, 2, 10304), ("dq", self.dq, 3, 4144))
+        kernels = (("forward", self.forward, 2, 7232), ("dq", self.dq, 3, 4144))
         for name, tile, arrays, others in kernels:
             if tile.lowering != "mosaic":
                 continue

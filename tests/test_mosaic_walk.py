@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import s2_jax
-from pallas_kernels import hopper_tiles
+from pallas_kernels import hopper_forward, hopper_tiles
 from pallas_kernels.call import Settings, operands
 from pallas_kernels.tiles import Tile, TileConfig
 from s2_jax.layout import PatternLayouts, number_patterns
@@ -159,3 +159,29 @@ def test_steps_of_packed_rows_leave_other_documents_out(everything, monkeypatch)
         needed[0, :, row // 2, row % 2, :24] = meet[row] & (np.arange(24) <= row)
     assert (packed >= needed).all()
     assert packed.sum() < 0.7 * alone.sum()
+
+
+@pytest.mark.parametrize("rounds", [1, 31, 97, 128, 200])
+def test_tiles_taken_again_are_those_that_left_the_range(rounds, monkeypatch):
+    """And, where there are more than flags, those that share theirs."""
+    monkeypatch.setattr(hopper_forward, "_FLAGS", 128)
+    rng = np.random.default_rng(rounds)
+    flags = hopper_forward.Flags(np.full((2, 4), -1, np.int32))  # what was there before
+    bad = rng.random((2, rounds)) < 0.1
+    for round_, warpgroup in np.ndindex(rounds, 2):
+        flags.set(warpgroup, np.int32(round_), bad[warpgroup, round_])
+
+    class Rounds:
+        @staticmethod
+        def visit(body, state):
+            for round_ in range(rounds):
+                state = body(np.int32(round_), state)
+            return state
+
+    def take(round_, state):
+        return state.at[round_].add(1)
+
+    taken = np.asarray(flags.visit(Rounds, take, jnp.zeros(rounds, jnp.int32)))
+    shared = np.zeros(128, bool)
+    np.logical_or.at(shared, np.arange(rounds) % 128, bad.any(axis=0))
+    np.testing.assert_array_equal(taken, shared[np.arange(rounds) % 128])
