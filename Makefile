@@ -28,6 +28,8 @@ demo: $(INSTALLED) ## run the demo
 
 # worksteal: tests beside each other, which share what they compile, mostly get the same worker.
 # In two halves: XLA maps memory for every program, and a process may have only so many maps.
+# Workers fill the cores: BLAS, by which the oracle multiplies, gets one thread in each.
+test: export OPENBLAS_NUM_THREADS = 1
 test: $(INSTALLED) ## run the tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q tests/test_[a-d]*.py
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q tests/test_[!a-d]*.py

@@ -117,8 +117,9 @@ def test_what_padding_holds_changes_nothing(row):
             layer(row, query_seq_lengths=lengths[:1])
 
 
-@pytest.mark.parametrize("kind", [s2_jax.EvictingCache, s2_jax.ContiguousCache])
-@pytest.mark.parametrize("rope_base", [None, 100.0])
+@pytest.mark.parametrize(
+    ("rope_base", "kind"), [(None, s2_jax.EvictingCache), (100.0, s2_jax.ContiguousCache)]
+)
 def test_linen_and_nnx_extend_alike(row, rope_base, kind):
     module, linen = (make(rope_base=rope_base) for make in (nnx_module, linen_module))
     variables = linen_variables(module)
