@@ -24,7 +24,6 @@ from jax.experimental.pallas import mosaic_gpu as mgpu
 
 from pallas_kernels.block_lists import BlockLists
 from pallas_kernels.call import Arrays, Settings
-from pallas_kernels.call import operands as call_operands
 from pallas_kernels.hopper_tiles import (
     LAYOUT,
     PROGRAM,
@@ -36,6 +35,7 @@ from pallas_kernels.hopper_tiles import (
     i32,
     spread,
 )
+from pallas_kernels.hopper_tiles import operands as list_operands
 from pallas_kernels.lowering import hide_varying
 from pallas_kernels.tiles import MOSAIC_ROWS, Tile
 
@@ -123,8 +123,15 @@ class Pipeline:
         mgpu.commit_smem()  # read before the next copy into it, which is made by another unit
         return ids
 
-    def slot(self, step: Any) -> Any:
-        return lax.rem(step, i32(self.stages))
+    def after(self, slot: Any) -> Any:
+        """The stage that comes after another one.
+
+        The warpgroups that multiply count by it: what they would work out from the number of steps
+        that they are told, ptxas keeps in registers of the threads, and not in those of the warp.
+        """
+        if self.stages == 2:
+            return i32(1) - slot
+        return jnp.where(slot == i32(self.stages - 1), i32(0), slot + i32(1))
 
     def at(self, slot: Any) -> At:
         """Of a step with a mask."""
@@ -159,7 +166,7 @@ class Pipeline:
             mgpu.barrier_arrive(self.entries_ready.at[slot])
 
         def fetch(at: At, step: Any, masked: bool) -> Any:
-            slot = self.slot(step)
+            slot = lax.rem(step, i32(self.stages))
             units = [at(place) for place in range(self.lists.group)]
             for source, target, ready, used in sides:
 
@@ -285,7 +292,7 @@ def call(
     `compute` also with the number of its warpgroup.
     """
     batch, q_len, heads, _ = arrays["query"].shape
-    named = call_operands(settings, lists, arrays, list_arrays)
+    named = list_operands(settings, lists, arrays, list_arrays)
     number, interpret = len(operands), settings.launcher == "interpret"
     schedule = Schedule({}, settings, lists, heads, batch, q_len, arrays["key"].shape[1])
 

@@ -53,15 +53,15 @@ def dq(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Arr
             return told
 
         def take(round_: Any, state: tuple[Told, Any]) -> tuple[Told, Any]:
-            told, step = state
+            told, slot = state
             tile = schedule.tile(round_, told)
             mgpu.barrier_wait(ready.at[warpgroup])
             lse, delta, *my_ids = (
                 hopper.load_numbers(numbers, axis=0) for numbers in (lses, deltas, *q_ids)
             )
 
-            def add(step: Any, sums: jax.Array, masked: bool) -> jax.Array:
-                slot = pipeline.slot(step)
+            def add(_: Any, state: tuple[Any, jax.Array], masked: bool) -> tuple[Any, jax.Array]:
+                slot, sums = state
                 mgpu.barrier_wait(pipeline.key_ready.at[slot])
                 mgpu.barrier_wait(pipeline.value_ready.at[slot])
                 kv_ids = pipeline.ids_at(slot) if masked else None
@@ -85,13 +85,12 @@ def dq(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Arr
 
                 sums = hopper.add_product(settings, sums, grad_scores, pipeline.key.at[slot])
                 mgpu.barrier_arrive(pipeline.key_used.at[slot])
-                return sums
+                return pipeline.after(slot), sums
 
-            first_plain = step + told.masked
-            end = first_plain + told.plain
-            masked, plain = (functools.partial(add, masked=masked) for masked in (True, False))
-            sums = lax.fori_loop(step, first_plain, masked, hopper.zeros(head_dim))
-            sums = lax.fori_loop(first_plain, end, plain, sums)
+            state = slot, hopper.zeros(head_dim)
+            for number, masked in ((told.masked, True), (told.plain, False)):
+                state = lax.fori_loop(i32(0), number, functools.partial(add, masked=masked), state)
+            slot, sums = state
             if "q_length" in schedule.refs:
                 sums = hopper.blank(sums, tile.padding(warpgroup))
             mgpu.commit_smem()  # all of the warpgroup have done with what it loaded
@@ -101,7 +100,7 @@ def dq(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Arr
             outs[...] = (sums * settings.scale).astype(dtype)
             mgpu.commit_smem()
             mgpu.copy_smem_to_gmem(outs, dq_ref.at[tile.batch, tile.rows(warpgroup), tile.head])
-            return told, end
+            return told, slot
 
         schedule.visit(take, (load_next(i32(0)), i32(0)))
         mgpu.wait_smem_to_gmem(0)

@@ -58,20 +58,20 @@ def forward(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[ja
             load(schedule.tile(round_, told))
             return told
 
-        def walk(tile: QueryTile, step: Any, pin: bool) -> tuple[Carry, Any, jax.Array | None]:
+        def walk(tile: QueryTile, slot: Any, pin: bool) -> tuple[Carry, Any, jax.Array | None]:
             mgpu.barrier_wait(query_ready.at[warpgroup])
             my_ids = hopper.load_numbers(q_ids[0].at[warpgroup], axis=0) if segments else None
             padding = tile.padding(warpgroup) if "q_length" in schedule.refs else None
             scale = settings.exp2.scale
-            carry, step = _walk(
-                tile, mine, my_ids, turns, pipeline, dtype, scale, warpgroup, step, pin
+            carry, slot = _walk(
+                tile, mine, my_ids, turns, pipeline, dtype, scale, warpgroup, slot, pin
             )
-            return carry, step, padding
+            return carry, slot, padding
 
         def take(round_: Any, state: tuple[Told, Any]) -> tuple[Told, Any]:
-            told, step = state
+            told, slot = state
             tile = schedule.tile(round_, told)
-            carry, step, padding = walk(tile, step, pin=True)
+            carry, slot, padding = walk(tile, slot, pin=True)
             good = _in_range(tile, carry, dtype)
             if padding is not None:
                 good |= padding
@@ -84,16 +84,16 @@ def forward(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[ja
             number_bad = hopper.load_numbers(bad.at[warpgroup], axis=1).sum()
             flags.set(warpgroup, round_, (number_bad > 0) & (tile.told.plain > i32(0)))
             store(tile, carry, padding)
-            return told, step
+            return told, slot
 
         def take_again(round_: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
-            number, step = state
+            number, slot = state
             told = load_next(number, round_)
             tile = schedule.tile(round_, told)
-            carry, step, padding = walk(tile, step, pin=False)
+            carry, slot, padding = walk(tile, slot, pin=False)
             store(tile, carry, padding)
             mgpu.commit_smem()  # all of the warpgroup have done with the query
-            return number + i32(1), step
+            return number + i32(1), slot
 
         def store(tile: QueryTile, carry: Carry, padding: jax.Array | None) -> None:
             out, peak, sums = carry
@@ -114,12 +114,12 @@ def forward(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[ja
             mgpu.copy_smem_to_gmem(lses.at[warpgroup], lse_ref.at[tile.batch, tile.head, rows])
 
         first = load_next(i32(0), i32(0))
-        _, step = schedule.visit(take, (first, i32(0)))
+        _, slot = schedule.visit(take, (first, i32(0)))
         # Results that may be written again are written: no test would notice if they were not.
         mgpu.wait_smem_to_gmem(0)
         mgpu.barrier_arrive(decided)
         mgpu.barrier_wait(decided)
-        flags.visit(schedule, take_again, (schedule.rounds, step))
+        flags.visit(schedule, take_again, (schedule.rounds, slot))
         mgpu.wait_smem_to_gmem(0)
 
     def fetch(schedule: Schedule, refs: Any, scratch: Any) -> None:
@@ -213,24 +213,24 @@ def _walk(
     dtype: Any,
     scale: float,
     warpgroup: Any,
-    step: Any,
+    slot: Any,
     pin: bool,
 ) -> tuple[Carry, Any]:
-    """Takes in all keys of a tile, from a step on; returns the next one too.
+    """Takes in all keys of a tile, from a stage on; returns the one after the last too.
 
     pin: the peak stays as it is after the steps with masks; otherwise none is left out.
     """
     keys, value_dim = pipeline.key.shape[1], pipeline.value.shape[2]
 
-    def wait_for_key(step: Any) -> None:
-        mgpu.barrier_wait(pipeline.key_ready.at[pipeline.slot(step)])
+    def wait_for_key(slot: Any) -> None:
+        mgpu.barrier_wait(pipeline.key_ready.at[slot])
 
-    def attend(step: Any, carry: Carry, masked: bool, end: Any) -> Carry:
-        """masked: with a mask; otherwise the peak is pinned. end: the key of the next step is
-        waited for already, while the products run, if there is one before `end`.
+    def attend(slot: Any, carry: Carry, masked: bool, more: Any) -> tuple[Any, Carry]:
+        """masked: with a mask; otherwise the peak is pinned. more: whether the key of the next step
+        is waited for already, while the products run.
         """
         out, peak, sums = carry
-        slot = pipeline.slot(step)
+        following = pipeline.after(slot)
 
         def multiply(products: Any) -> jax.Array:
             mgpu.wgmma(products, query, pipeline.key.at[slot].transpose((1, 0)))
@@ -255,31 +255,34 @@ def _walk(
         turns.wait()
 
         def wait_for_next() -> None:
-            pl.when(step + i32(1) < end)(lambda: wait_for_key(step + i32(1)))
+            pl.when(more)(lambda: wait_for_key(following))
 
         out = hopper.add_product(
             tile.settings, out, narrow, pipeline.value.at[slot], meanwhile=wait_for_next
         )
         mgpu.barrier_arrive(pipeline.value_used.at[slot])
-        return out, peak, sums
+        return following, (out, peak, sums)
 
-    def attend_masked(step: Any, carry: Carry) -> Carry:
-        wait_for_key(step)
-        return attend(step, carry, masked=True, end=step)
+    def attend_masked(_: Any, state: tuple[Any, Carry]) -> tuple[Any, Carry]:
+        slot, carry = state
+        wait_for_key(slot)
+        return attend(slot, carry, masked=True, more=False)
+
+    def attend_plain(number: Any, state: tuple[Any, Carry]) -> tuple[Any, Carry]:
+        slot, carry = state
+        return attend(slot, carry, masked=False, more=number + i32(1) < plain)
 
     turns.begin(warpgroup)
     carry: Carry = hopper.zeros(value_dim), hopper.per_row(LOWEST), hopper.per_row(0.0)
-    first_plain = step + tile.told.masked
-    carry = lax.fori_loop(step, first_plain, attend_masked, carry)
-    end = first_plain + tile.told.plain
+    plain = tile.told.plain
+    slot, carry = lax.fori_loop(i32(0), tile.told.masked, attend_masked, (slot, carry))
     if pin:
         out, peak, sums = carry
         carry = out, jnp.where(sums > 0, peak, 0.0), sums
-        pl.when(first_plain < end)(lambda: wait_for_key(first_plain))
-        body = functools.partial(attend, masked=False, end=end)
-        carry = lax.fori_loop(first_plain, end, body, carry)
+        pl.when(plain > i32(0))(lambda: wait_for_key(slot))
+        slot, carry = lax.fori_loop(i32(0), plain, attend_plain, (slot, carry))
     turns.end(warpgroup)
-    return carry, end
+    return carry, slot
 
 
 def _in_range(tile: QueryTile, carry: Carry, dtype: Any) -> jax.Array:

@@ -13,7 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mgpu
 
 from pallas_kernels.block_lists import COUNT_BITS, MAX_COUNT, BlockLists
-from pallas_kernels.call import Settings
+from pallas_kernels.call import Arrays, Settings
+from pallas_kernels.call import operands as call_operands
 from pallas_kernels.lowering import multiprocessors
 from pallas_kernels.tiles import MOSAIC_ROWS
 from pallas_kernels.walk import Run, Span, clip
@@ -38,13 +39,15 @@ whether it exists at all."""
 class Steps:
     """The tiles of keys that a program takes, each one step: those with masks first.
 
-    refs: of `BlockLists`, by name. span: what of the row matters; None: all of it.
+    refs: of `BlockLists`, by name. matters: the units of the row that do, where only a part of it
+    does, as `spans` says: start and stop.
     """
 
     refs: dict[str, Any]
     lists: BlockLists
+    batch: Any
     row: Any
-    span: Span | None
+    matters: tuple[Any, Any] | None
 
     def number(self, everything: bool) -> tuple[Any, Any]:
         """How many have a mask, and how many have none. everything: all are taken with one."""
@@ -53,7 +56,7 @@ class Steps:
             masked, plain = totals
             if everything:
                 return masked + self._run(index, "all").tiles, plain
-            if self.span is not None:
+            if self.matters is not None:
                 masked += self._run(index, "outer").tiles
             return masked, plain + self._run(index, "inner").tiles
 
@@ -63,7 +66,7 @@ class Steps:
     def visit_masked(self, body: Callable[[At, Any], Any], state: Any, everything: bool) -> Any:
         """`body(at, state) -> state` for each step that has a mask. everything: for all."""
         state = self._visit_partial(body, state)
-        if self.span is None and not everything:
+        if self.matters is None and not everything:
             return state
         return self._visit_runs(body, state, "all" if everything else "outer")
 
@@ -72,7 +75,7 @@ class Steps:
         return self._visit_runs(body, state, "inner")
 
     def _visit_partial(self, body: Callable[[At, Any], Any], state: Any) -> Any:
-        group, span, partial = self.lists.group, self.span, self.refs["partial"]
+        group, partial = self.lists.group, self.refs["partial"]
         start, stop = self._of_row("partial")
 
         def unit(index: Any) -> Any:
@@ -86,10 +89,11 @@ class Steps:
             def at(place: int) -> tuple[Any, Any, Any]:
                 return unit(begin + i32(place))
 
-            if span is None:
+            if self.matters is None:
                 return body(at, state)
+            begin_unit, stop_unit = self.matters
             first, last = at(0)[0], at(group - 1)[0]
-            matters = (last >= span.start) & (first < span.stop)
+            matters = (last >= begin_unit) & (first < stop_unit)
             return lax.cond(matters, lambda state: body(at, state), lambda state: state, state)
 
         return lax.fori_loop(i32(0), _tiles(stop - start, group), some, state)
@@ -109,19 +113,52 @@ class Steps:
         return lax.fori_loop(*self._of_row("run"), of_run, state)
 
     def _run(self, index: Any, part: Part) -> Run:
-        first, word = self.refs["runs"][index, 0], self.refs["runs"][index, 1]
-        count = word & i32(MAX_COUNT)
-        run = Run(first, lax.shift_right_logical(word, i32(COUNT_BITS)), count)
-        if self.span is None:
-            return run
-        span = self.span
+        if self.matters is None:
+            first, word = self.refs["runs"][index, 0], self.refs["runs"][index, 1]
+            return Run(first, lax.shift_right_logical(word, i32(COUNT_BITS)), word & i32(MAX_COUNT))
+        clipped = self.refs["clipped"]
+        first, step, gap_at, gap, rest = (clipped[self.batch, index, i32(n)] for n in range(5))
+        if part == "outer":
+            return Run(first, step, rest, gap_at, gap)
         if part == "all":
-            span = span._replace(inner=i32(0), inner_stop=i32(0))
-        return clip(run, span, "inner" if part == "inner" else "outer", self.lists.group)
+            return Run(first, step, rest + gap)
+        return Run(first + gap_at * i32(self.lists.group) * step, step, gap)
 
     def _of_row(self, kind: Literal["run", "partial"]) -> tuple[Any, Any]:
         starts = self.refs[f"{kind}_start"]
         return starts[self.row], starts[self.row + i32(1)]
+
+
+def operands(settings: Settings, lists: BlockLists, arrays: Arrays, list_arrays: Arrays) -> Arrays:
+    """As `call.operands`; where there are `spans`, with what they leave of the runs."""
+    named = call_operands(settings, lists, arrays, list_arrays)
+    if "spans" in named:
+        named["clipped"] = _clipped_runs(settings, lists, named)
+    return named
+
+
+def _clipped_runs(settings: Settings, lists: BlockLists, named: Arrays) -> jax.Array:
+    """What `spans` leaves of each run, int32 `[batch, runs, 5]`, for a program to read.
+
+    First unit, step, the tile at which a gap begins, its tiles (those that need no mask), and the
+    tiles of the rest. To clip a run takes divisions, and the warpgroup that fetches would do them
+    with the others waiting for it.
+    """
+    assert settings.query_offset is not None
+    first_tile = settings.query_offset // MOSAIC_ROWS
+    runs, rows = named["runs"], named["order"].size
+    index = jnp.arange(runs.shape[0], dtype=jnp.int32)
+    row = jnp.searchsorted(named["run_start"], index, side="right", method="scan_unrolled") - 1
+    place = named["order"].reshape(-1)[jnp.minimum(row, rows - 1)]
+    run = Run(runs[:, 0], lax.shift_right_logical(runs[:, 1], COUNT_BITS), runs[:, 1] & MAX_COUNT)
+
+    def of_entry(spans: jax.Array) -> jax.Array:
+        span = Span(*spans[place - first_tile].T)
+        inner, outer = (clip(run, span, part, lists.group) for part in ("inner", "outer"))
+        words = outer.first, run.step, outer.gap_at, inner.tiles, outer.tiles
+        return jnp.stack(words, axis=-1)
+
+    return jax.vmap(of_entry)(named["spans"])
 
 
 class Task(NamedTuple):
@@ -188,12 +225,13 @@ class Schedule:
         rank = lax.rem(number, i32(self.lists.num_tiles))
         pattern = self.refs["pattern_of_head"][batch, head]
         place = self.refs["order"][pattern, rank]
-        row, span = pattern * i32(self.lists.num_tiles) + rank, None
+        row, matters = pattern * i32(self.lists.num_tiles) + rank, None
         if "spans" in self.refs:
             assert self.settings.query_offset is not None
             index = place - i32(self.settings.query_offset // MOSAIC_ROWS)
-            span = Span(*(self.refs["spans"][batch, index, i32(end)] for end in range(4)))
-        return Task(batch, head, place, Steps(self.refs, self.lists, row, span))
+            spans = self.refs["spans"]
+            matters = spans[batch, index, i32(0)], spans[batch, index, i32(1)]
+        return Task(batch, head, place, Steps(self.refs, self.lists, batch, row, matters))
 
     def tile(self, round_: Any, told: Told) -> QueryTile:
         _, head, batch = self._place(round_)

@@ -9,7 +9,7 @@ import pytest
 
 import s2_jax
 from pallas_kernels import hopper_forward, hopper_tiles
-from pallas_kernels.call import Settings, operands
+from pallas_kernels.call import Settings
 from pallas_kernels.tiles import Tile, TileConfig
 from s2_jax.layout import PatternLayouts, number_patterns
 
@@ -35,7 +35,9 @@ def schedule(q_len, *, batch=1, heads=3, keys=128, offset=0, pattern=S2, **masks
         "offset": jnp.full((batch,), offset, jnp.int32),
         **masks,
     }
-    refs = operands(settings, lists, arrays, {n: jnp.asarray(x) for n, x in lists.arrays.items()})
+    refs = hopper_tiles.operands(
+        settings, lists, arrays, {n: jnp.asarray(x) for n, x in lists.arrays.items()}
+    )
     return hopper_tiles.Schedule(refs, settings, lists, heads, batch, q_len, kv_len)
 
 
