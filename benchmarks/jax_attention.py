@@ -51,10 +51,7 @@ def _attention(name: Name, case: Case) -> Attention:
 def _layout_seconds(name: Name, case: Case) -> float:
     """Builds the block lists of all kernels, which tracing then finds."""
     block_lists.cache_clear()
-    mosaic = (
-        name == "s2_jax" and case.documents == 1 and not case.padded and case.block_size >= 64
-        and lowering.has_mosaic()
-    )  # fmt: skip
+    mosaic = name == "s2_jax" and case.documents == 1 and not case.padded and lowering.has_mosaic()
     start = time.perf_counter()
     tiles = pick_tiles(
         head_dim=case.head_dim, itemsize=2, q_len=case.length, block_size=case.block_size,

@@ -183,7 +183,7 @@ def _compile(
 
 def takes_mosaic(options: Options) -> bool:
     """Whether Mosaic's kernels do, on this GPU."""
-    plain = options.head_dim in (64, 128) and options.block_size >= 64 and not options.documents
+    plain = options.head_dim in (64, 128) and not options.documents
     return plain and lowering.has_mosaic()
 
 

@@ -44,6 +44,7 @@ WARPGROUPS = 2
 _MANY_REGISTERS, _FEW_REGISTERS = 240, 24
 _WARPGROUP = "s2_warpgroup"
 _NOTES = 2
+_LANES = 128  # threads of a warpgroup, and keys that a step has at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,8 +83,9 @@ class Notes:
 class Pipeline:
     """Tiles of keys and values in shared memory, and what says that one is there, or done with.
 
-    entries: of steps with a mask, int32 `[stages, units of a step]`: as in `BlockLists.partial`,
-    with all bits turned where there is no such unit. entries_ready: of those steps alone.
+    entries: of the keys of steps with a mask, int32 `[stages, 128]`: position << rows | one bit for
+    each part of the queries that sees it; without bits, and further than all, where there is no
+    such key. entries_ready: of those steps alone.
     """
 
     lists: BlockLists
@@ -108,7 +110,7 @@ class Pipeline:
         used = mgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tile.num_stages)
         tiles = [shared((tile.num_stages, tile.block_kv, dim), dtype) for dim in dims]
         ids = [mgpu.SMEM((tile.num_stages, tile.block_kv), jnp.int32)] * segments
-        entries = mgpu.SMEM((tile.num_stages, lists.group), jnp.int32)
+        entries = mgpu.SMEM((tile.num_stages, _LANES), jnp.int32)
         return *tiles, entries, entries_ready, key_ready, ready, used, used, *ids
 
     @property
@@ -133,17 +135,29 @@ class Pipeline:
             return i32(1) - slot
         return jnp.where(slot == i32(self.stages - 1), i32(0), slot + i32(1))
 
-    def at(self, slot: Any) -> At:
-        """Of a step with a mask."""
+    def entries_at(self, slot: Any) -> jax.Array:
+        """Those of a step with a mask, int32 `[keys]`."""
         mgpu.barrier_wait(self.entries_ready.at[slot])
+        return load_numbers(self.entries.at[slot, pl.ds(0, self.key.shape[1])], axis=1)
 
-        def unit(place: int) -> tuple[Any, Any, Any]:
-            entry = self.entries[slot, place]
-            exists = entry >= i32(0)
-            entry = jnp.where(exists, entry, ~entry)
-            return lax.shift_right_logical(entry, i32(self.lists.rows)), entry, exists
-
-        return unit
+    def _write_down(self, slot: Any, units: list[tuple[Any, Any, Any]]) -> None:
+        """Of a step with a mask: for each of its units number, parts that see it, and whether it
+        exists.
+        """
+        size, rows = self.lists.unit, self.lists.rows
+        lane = mgpu.broadcasted_iota(
+            jnp.int32, (_LANES,), 0, layout=mgpu.Layout.WG_STRIDED((_LANES,), vec_size=1)
+        )
+        everyone, place_of_lane = (1 << rows) - 1, lax.div(lane, i32(size))
+        nowhere = np.iinfo(np.int32).max & ~everyone
+        entries = jnp.full_like(lane, nowhere)
+        for place, (unit, bits, exists) in enumerate(units):
+            key = lane + (unit - i32(place)) * i32(size)
+            entry = (key << rows) | (bits & i32(everyone))
+            here = place_of_lane == i32(place)
+            entries = jnp.where(here if exists is True else here & exists, entry, entries)
+        self.entries[slot] = entries
+        mgpu.barrier_arrive(self.entries_ready.at[slot])
 
     def feed(self, task: Task, refs: KeyRefs, group: int, step: Any, all_masked: bool) -> Any:
         """Fetches what a tile takes, as soon as there is room. Returns the next step.
@@ -151,19 +165,10 @@ class Pipeline:
         all_masked: whether the tile takes every step as one with a mask.
         """
         kv_head, size = lax.div(task.head, i32(group)), self.lists.unit
-        everyone = i32((1 << self.lists.rows) - 1)
         sides = (
             (refs.key, self.key, self.key_ready, self.key_used),
             (refs.value, self.value, self.value_ready, self.value_used),
         )
-
-        def write_down(slot: Any, units: list[tuple[Any, Any, Any]]) -> None:
-            for place, (unit, bits, exists) in enumerate(units):
-                entry = lax.shift_left(unit, i32(self.lists.rows)) | (bits & everyone)
-                if exists is not True:
-                    entry = jnp.where(exists, entry, ~entry)
-                self.entries[slot, place] = entry
-            mgpu.barrier_arrive(self.entries_ready.at[slot])
 
         def fetch(at: At, step: Any, masked: bool) -> Any:
             slot = lax.rem(step, i32(self.stages))
@@ -175,7 +180,7 @@ class Pipeline:
                     mgpu.barrier_wait(used.at[slot])
 
                 if source is refs.key and masked:
-                    write_down(slot, units)
+                    self._write_down(slot, units)
                 for place, (unit, _, _) in enumerate(units):
                     tokens = pl.ds(unit * i32(size), size)
                     rows = pl.ds(place * size, size)

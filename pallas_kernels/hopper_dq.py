@@ -72,7 +72,7 @@ def dq(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Arr
                     scores = mgpu.wgmma_accumulator_load(products, wait_n=1)
                     if masked:
                         q_ids = my_ids[0] if segments else None
-                        mask = tile.mask(pipeline.at(slot), warpgroup, q_ids, kv_ids)
+                        mask = tile.mask(pipeline.entries_at(slot), warpgroup, q_ids, kv_ids)
                         scores = jnp.where(mask, scores, -jnp.inf)
                     weights = jnp.exp2(scores * scale - spread(lse, scores))
                     weights = lax.optimization_barrier(weights)  # while the other product runs

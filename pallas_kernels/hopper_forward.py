@@ -239,7 +239,7 @@ def _walk(
 
         scores = pl.run_scoped(multiply, mgpu.ACC((ROWS, keys), jnp.float32))
         if masked:
-            mask = tile.mask(pipeline.at(slot), warpgroup, q_ids, pipeline.ids_at(slot))
+            mask = tile.mask(pipeline.entries_at(slot), warpgroup, q_ids, pipeline.ids_at(slot))
         mgpu.barrier_arrive(pipeline.key_used.at[slot])
         if masked:
             scores = jnp.where(mask, scores, -jnp.inf)

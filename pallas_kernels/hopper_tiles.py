@@ -278,54 +278,40 @@ class QueryTile:
         """Of its first query in the sequence."""
         return self.told.place * i32(MOSAIC_ROWS) + warpgroup * i32(ROWS)
 
-    def mask(self, at: At, warpgroup: Any, q_ids: Any, kv_ids: Any) -> jax.Array:
+    def mask(self, keys: jax.Array, warpgroup: Any, q_ids: Any, kv_ids: Any) -> jax.Array:
         """Which of the keys of a step each query of a warpgroup sees.
 
-        q_ids, kv_ids: of segments, `[rows]` and `[keys]`; None where there are none.
+        keys: as in `Pipeline.entries`, `[keys]`. q_ids, kv_ids: of segments, `[rows]` and `[keys]`;
+        None where there are none.
         """
-        lists, window = self.lists, self.settings.window
-        column = mgpu.broadcasted_iota(
-            jnp.int32, (ROWS, lists.unit * lists.group), 1, layout=LAYOUT
-        )
+        lists, window, shape = self.lists, self.settings.window, (ROWS, keys.shape[0])
         row = mgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=LAYOUT.reduce(1))
-        part = lax.div(warpgroup * i32(ROWS * lists.rows), i32(MOSAIC_ROWS))
+        own = row + self._position(warpgroup)
+        part = (MOSAIC_ROWS // lists.rows).bit_length() - 1
 
-        def between(low: Any, high: Any) -> jax.Array:
-            """Columns low <= c < high; numbers, or one for each row. low: None, and all do."""
-            below = column < (spread(high, column) if jnp.ndim(high) else high)
-            if low is None:
-                return below
-            return below & (column >= (spread(low, column) if jnp.ndim(low) else low))
+        def of_keys(numbers: jax.Array) -> jax.Array:
+            return lax.broadcast_in_dim(numbers, shape, [1])
 
-        mask: Any = None
-        for place in range(lists.group):
-            unit, bits, exists = at(place)
-            start = (unit - i32(place)) * i32(lists.unit)  # the key of column 0
-            listed = lax.rem(lax.shift_right_logical(bits, part), i32(2)) > i32(0)
-            end = self.kv_length if exists is True else jnp.where(exists, self.kv_length, i32(0))
-            own = row + (self._position(warpgroup) - start)  # the column of a query's own key
-            first, stop = i32(place * lists.unit), i32((place + 1) * lists.unit)
-            low: Any = None if place == 0 else first
-            stop = jnp.minimum(stop, end - start)
-            high: Any = jnp.where(listed, stop, i32(0))
-            if self.settings.causal:
-                high = jnp.minimum(own + i32(1), high)
-            elif window is None:  # Mosaic finds no layout where all rows have the same end
-                high = jnp.minimum(own + i32(_FAR), high)
-            if window is None:
-                inside = between(low, high)
-            else:
-                oldest, newest = own - i32(window.size - 1), own + i32(window.size)
-                oldest = jnp.maximum(oldest, first)
-                if window.adds:
-                    newest = own + i32(1) if self.settings.causal else newest
-                    inside = between(low, high) | between(oldest, jnp.minimum(newest, stop))
-                else:
-                    high = high if self.settings.causal else jnp.minimum(newest, high)
-                    inside = between(oldest, high)
-            mask = inside if mask is None else mask | inside
+        def of_rows(numbers: jax.Array) -> jax.Array:
+            return lax.broadcast_in_dim(numbers, shape, [0])
+
+        def limit(positions: jax.Array) -> jax.Array:
+            return of_rows(positions << lists.rows)
+
+        bit = jnp.left_shift(1, (row + warpgroup * i32(ROWS)) >> part)
+        keys = of_keys(keys)
+        mask = (keys & of_rows(bit)) != 0
+        # Mosaic finds no layout where all rows have the same end.
+        end = own + (i32(1) if self.settings.causal else i32(_FAR))
+        if window is not None:
+            size = i32(min(window.size, _FAR))
+            near = keys >= limit(jnp.maximum(own - size + i32(1), i32(0)))
+            if not self.settings.causal:
+                near &= keys < limit(jnp.minimum(own + size, self.kv_length))
+            mask = mask | near if window.adds else mask & near
+        mask &= keys < limit(jnp.minimum(end, self.kv_length))
         if q_ids is not None:
-            mask &= spread(q_ids, mask) == lax.broadcast_in_dim(kv_ids, mask.shape, [1])
+            mask &= of_rows(q_ids) == of_keys(kv_ids)
         return mask
 
     def padding(self, warpgroup: Any) -> jax.Array:

@@ -75,14 +75,19 @@ class TileConfig:
         """Raises ValueError where a kernel that Mosaic lowers would need more than there is."""
         # Rows of queries, of their gradients and of results that are in shared memory at a time,
         # and what else there is: numbers of a token, notes, flags, what the compiler reserves.
-        kernels = (("forward", self.forward, 2, 7232), ("dq", self.dq, 3, 4144))
+        kernels = (("forward", self.forward, 2, 6208), ("dq", self.dq, 3, 3120))
+
+        def whole(size: int) -> int:
+            return -(-size // 1024) * 1024
+
         for name, tile, arrays, others in kernels:
             if tile.lowering != "mosaic":
                 continue
             rows = 2 * tile.num_stages * tile.block_kv + arrays * MOSAIC_ROWS
             needed = 2 * dim * rows + others + 40 * tile.num_stages  # barriers
+            needed += whole(512 * tile.num_stages)  # entries of the lists
             if segments:
-                needed += 1024 + -(-4 * tile.num_stages * tile.block_kv // 1024) * 1024
+                needed += 1024 + whole(4 * tile.num_stages * tile.block_kv)
             if needed > _HOPPER_SHARED_BYTES:
                 raise ValueError(
                     f"num_stages={tile.num_stages} of tiles.{name} are too many: with "
@@ -95,6 +100,11 @@ class TileConfig:
     def mosaic(self) -> bool:
         """Whether any kernel is lowered by Mosaic."""
         return "mosaic" in (self.forward.lowering, self.dq.lowering)
+
+
+def most_mosaic_tokens(block_size: int) -> int:
+    """In a row of queries or keys: positions stand beside a bit for each block of a tile."""
+    return (1 << (31 - max(1, MOSAIC_ROWS // block_size))) - 2 * MOSAIC_ROWS
 
 
 def pick_tiles(

@@ -119,7 +119,7 @@ def decodings(draw) -> tuple[AttentionCall, list[tuple[int, ...]]]:
 @st.composite
 def mosaic_calls(draw) -> AttentionCall:
     """Calls that Mosaic's kernels take, small enough for an interpreter."""
-    size = draw(st.sampled_from([64, 64, 128]))
+    size = draw(st.sampled_from([64, 64, 128, 16, 32]))
     pattern = draw_pattern(draw, {"block_size": size, "causal": draw(st.booleans())})
     offset = draw(st.sampled_from([0, 0, 128, 256]))
     q_len = 8 * draw(st.integers(1, 40))
@@ -140,7 +140,8 @@ def mosaic_calls(draw) -> AttentionCall:
         window=draw(st.sampled_from([None, None, 1, 70, 150])),
         window_joins=draw(st.sampled_from("|&")),
         dtype=draw(st.sampled_from(["bfloat16", "float16"])),
-        segments=draw(st.sampled_from([None, None, *SEGMENTS])), query_lengths=lengths(q_len),
-        kv_lengths=lengths(kv_len), scale=draw(st.sampled_from([None, None, 6.0])),
+        segments=draw(st.sampled_from([None, None, *(SEGMENTS if size > 16 else ())])),
+        query_lengths=lengths(q_len), kv_lengths=lengths(kv_len),
+        scale=draw(st.sampled_from([None, None, 6.0])),
         tiles=TileConfig(forward, dq, Tile(64, 64, 4, 1)), seed=draw(st.integers(0, 99)),
     )  # fmt: skip

@@ -14,6 +14,8 @@ from tests.calls import AttentionCall, assert_padding_reaches_nothing, check
 from tests.draws import mosaic_calls
 
 S2 = s2_jax.local_stride(2, 3)
+S2_16 = s2_jax.local_stride(9, 3, block_size=16)
+S2_32 = s2_jax.local_stride(3, 5, block_size=32)
 S2_128 = s2_jax.local_stride(2, 3, block_size=128)
 needs_mosaic = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="its kernels want a newer JAX"
@@ -28,6 +30,20 @@ CALLS = {
     "float16": dataclasses.replace(BASE, dtype="float16", kv_heads=4),
     "head-dim-128": dataclasses.replace(BASE, head_dim=128, batch=2, heads=3, kv_heads=1),
     "blocks-of-128": dataclasses.replace(BASE, pattern=S2_128, head_dim=128),
+    "blocks-of-16": dataclasses.replace(BASE, pattern=S2_16, head_dim=128),
+    "blocks-of-16-window": dataclasses.replace(
+        BASE, pattern=S2_16, window=100, batch=2, kv_lengths=(1000, 333)
+    ),
+    "blocks-of-32-packed": dataclasses.replace(
+        BASE, pattern=S2_32, segments="packed", window=100, q_len=600, kv_len=600
+    ),
+    "blocks-of-16-not-causal": dataclasses.replace(
+        BASE, pattern=s2_jax.local_stride(9, 3, block_size=16, causal=False), window=200
+    ),
+    "blocks-of-32": dataclasses.replace(BASE, pattern=S2_32, query_offset=128, kv_len=1128),
+    "blocks-of-32-padded": dataclasses.replace(
+        BASE, pattern=S2_32, batch=2, query_lengths=(1000, 130), kv_lengths=(900, 300)
+    ),
     "few-tokens": dataclasses.replace(BASE, q_len=8, kv_len=8),
     "few-queries": dataclasses.replace(BASE, q_len=8, kv_len=696, query_offset=640),
     "short": dataclasses.replace(BASE, q_len=56, kv_len=72, batch=3),

@@ -38,6 +38,9 @@ CALLS = {
     "nothing-seen": dataclasses.replace(
         BASE, pattern=s2_jax.vertical_stride(2), heads=2, kv_heads=2
     ),
+    "blocks-of-16": dataclasses.replace(
+        BASE, pattern=s2_jax.local_stride(9, 3, block_size=16), tiles=WIDE, q_len=200, kv_len=200
+    ),
     "window": dataclasses.replace(BASE, window=100, window_joins="&"),
     "packed": dataclasses.replace(BASE, segments="packed", pattern=s2_jax.dense()),
     "padded": dataclasses.replace(

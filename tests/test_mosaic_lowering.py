@@ -78,7 +78,6 @@ def test_triton_lowers_what_it_is_asked_for():
     [
         ({"logits_soft_cap": 20.0}, H100),
         ({"query_offset": 64}, H100),
-        ({"pattern": s2_jax.local_stride(2, 3, block_size=32)}, H100),
         ({}, A100),
         ({}, AbstractDevice(device_kind="NVIDIA B200", num_cores=148, platform="cuda")),
     ],
@@ -197,7 +196,11 @@ def test_what_it_cannot_do_is_refused():
     refused("compute capability 9.0, got 8.0", device=A100)
     refused("bfloat16 and float16, got float32", dtype="float32")
     refused(r"head dims of 64 or 128, .* got \(80, 80\)", shapes=[(1, 256, 2, 80)] * 3)
-    refused("multiples of 64 tokens, got 16", pattern=s2_jax.local_stride(2, 3, block_size=16))
+    blocks_of_16 = s2_jax.local_stride(2, 3, block_size=16)
+    ids = {"segment_ids": jnp.zeros((2, 1032), jnp.int32)}
+    refused("segment_ids with blocks of 32 tokens or more", pattern=blocks_of_16, **ids)
+    long = [(1, 1 << 23, 1, 64)] * 3
+    refused("up to 8388352 tokens in a row", pattern=blocks_of_16, shapes=long)
     refused("query_offset known before, a multiple of 128", query_offset=64)
     refused(r"multiples of 8, got \(1032, 1031\)", shapes=[SHAPES[0], *[(2, 1031, 2, 128)] * 2])
     refused("no logits_soft_cap", logits_soft_cap=5.0)
