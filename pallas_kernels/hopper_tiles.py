@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mgpu
@@ -287,7 +288,6 @@ class QueryTile:
         lists, window, shape = self.lists, self.settings.window, (ROWS, keys.shape[0])
         row = mgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=LAYOUT.reduce(1))
         own = row + self._position(warpgroup)
-        part = (MOSAIC_ROWS // lists.rows).bit_length() - 1
 
         def of_keys(numbers: jax.Array) -> jax.Array:
             return lax.broadcast_in_dim(numbers, shape, [1])
@@ -298,18 +298,22 @@ class QueryTile:
         def limit(positions: jax.Array) -> jax.Array:
             return of_rows(positions << lists.rows)
 
-        bit = jnp.left_shift(1, (row + warpgroup * i32(ROWS)) >> part)
-        keys = of_keys(keys)
-        mask = (keys & of_rows(bit)) != 0
         # Mosaic finds no layout where all rows have the same end.
         end = own + (i32(1) if self.settings.causal else i32(_FAR))
+        end = limit(jnp.minimum(end, self.kv_length))
+        part = MOSAIC_ROWS // lists.rows
+        if part >= ROWS:  # one number a key says it for all rows
+            listed = (keys >> lax.div(warpgroup * i32(ROWS), i32(part))) & 1
+            mask = of_keys(jnp.where(listed != 0, keys, np.iinfo(np.int32).max)) < end
+        else:
+            bit = jnp.left_shift(1, lax.div(row + warpgroup * i32(ROWS), i32(part)))
+            mask = ((of_keys(keys) & of_rows(bit)) != 0) & (of_keys(keys) < end)
         if window is not None:
             size = i32(min(window.size, _FAR))
-            near = keys >= limit(jnp.maximum(own - size + i32(1), i32(0)))
+            near = of_keys(keys) >= limit(jnp.maximum(own - size + i32(1), i32(0)))
             if not self.settings.causal:
-                near &= keys < limit(jnp.minimum(own + size, self.kv_length))
-            mask = mask | near if window.adds else mask & near
-        mask &= keys < limit(jnp.minimum(end, self.kv_length))
+                near &= of_keys(keys) < limit(jnp.minimum(own + size, self.kv_length))
+            mask = mask | (near & (of_keys(keys) < end)) if window.adds else mask & near
         if q_ids is not None:
             mask &= of_rows(q_ids) == of_keys(kv_ids)
         return mask
