@@ -347,12 +347,20 @@ def segment_ids(arrays: Arrays) -> tuple[jax.Array, ...]:
 
 def keys_that_count(arrays: Arrays) -> tuple[jax.Array, jax.Array]:
     """Keys and values, zeros for padding: a weight of zero would not make a NaN in it a zero."""
-    key, value = arrays["key"], arrays["value"]
+    key, value = (in_eights(arrays[name]) for name in ("key", "value"))
     if "kv_length" not in arrays:
         return key, value
     counts = jnp.arange(key.shape[1], dtype=jnp.int32)[None] < arrays["kv_length"][:, None]
     key, value = (jnp.where(counts[..., None, None], x, jnp.zeros_like(x)) for x in (key, value))
     return key, value
+
+
+def in_eights(array: jax.Array) -> jax.Array:
+    """`[batch, tokens, ...]` with so many more that tokens are a multiple of 8: copies of rows in
+    shared memory's layout want it. No query is told to see them.
+    """
+    more = -array.shape[1] % 8
+    return jnp.pad(array, [(0, 0), (0, more)] + [(0, 0)] * (array.ndim - 2)) if more else array
 
 
 def whole_tiles(rows: int) -> int:

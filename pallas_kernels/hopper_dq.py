@@ -19,7 +19,7 @@ from pallas_kernels.hopper_tiles import ROWS, QueryTile, Schedule, Told, i32, sp
 
 def dq(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Array]:
     """As `backward.dq`."""
-    query, grad_out = arrays["query"], arrays["grad_out"]
+    query, grad_out = (hopper.in_eights(arrays[name]) for name in ("query", "grad_out"))
     key, value = hopper.keys_that_count(arrays)
     dtype, value_dim = query.dtype, value.shape[-1]
     heads, head_dim = query.shape[2:]
@@ -133,4 +133,4 @@ def dq(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Arr
         (query, key, value, grad_out, lse, delta, *ids), arrays, list_arrays,
         [jax.ShapeDtypeStruct(query.shape, dtype)], scratch,
     )  # fmt: skip
-    return (gradient,)
+    return (gradient[:, : arrays["query"].shape[1]],)

@@ -32,8 +32,8 @@ Carry = tuple[jax.Array, jax.Array, jax.Array]
 
 def forward(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Array, jax.Array]:
     """As `forward.forward`."""
-    query, (key, value) = arrays["query"], hopper.keys_that_count(arrays)
-    batch, q_len, heads, head_dim = query.shape
+    batch, q_len, heads, head_dim = arrays["query"].shape
+    query, (key, value) = hopper.in_eights(arrays["query"]), hopper.keys_that_count(arrays)
     dtype, value_dim, group = query.dtype, value.shape[-1], heads // key.shape[2]
     tile_shape, lists = settings.tiles.forward, settings.layouts.forward()
     ids = hopper.segment_ids(arrays)
@@ -140,7 +140,7 @@ def forward(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[ja
         Flags(flags).visit(schedule, functools.partial(take, again=True), state)
 
     out_shape = [
-        jax.ShapeDtypeStruct((batch, q_len, heads, value_dim), dtype),
+        jax.ShapeDtypeStruct((*query.shape[:3], value_dim), dtype),
         jax.ShapeDtypeStruct((batch, heads, hopper.whole_tiles(q_len)), jnp.float32),
     ]
     row_numbers, row_ids = (
@@ -162,7 +162,7 @@ def forward(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[ja
         "s2_attention_forward", compute, fetch, settings, lists, (query, key, value, *ids), arrays,
         list_arrays, out_shape, scratch,
     )  # fmt: skip
-    return out, lse[..., :q_len]
+    return out[:, :q_len], lse[..., :q_len]
 
 
 @dataclasses.dataclass(frozen=True)

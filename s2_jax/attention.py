@@ -27,6 +27,7 @@ from s2_jax.reference import reference_attention
 from s2_jax.structure import Heads, boolean
 
 _LEAST_ROWS_FOR_MOSAIC = 1024
+_LEAST_ROWS_TO_PAD_FOR_MOSAIC = 32768  # where lengths are no multiples of 8, all is copied
 _MAX_HEAD_DIM = 256
 
 
@@ -190,10 +191,10 @@ def _kernels(
 ) -> tuple[Array, Array]:
     q_len, kv_len = call.query.shape[1], call.key.shape[1]
     if tiles is None:
+        pads = q_len % 8 or kv_len % 8
+        least_rows = _LEAST_ROWS_TO_PAD_FOR_MOSAIC if pads else _LEAST_ROWS_FOR_MOSAIC
         mosaic = implementation == "mosaic" or (
-            implementation is None
-            and q_len >= _LEAST_ROWS_FOR_MOSAIC
-            and _missing_for_mosaic(call) is None
+            implementation is None and q_len >= least_rows and _missing_for_mosaic(call) is None
         )
         tiles = pick_tiles(
             head_dim=max(call.query.shape[-1], call.value.shape[-1]),
@@ -314,7 +315,6 @@ def _missing_for_mosaic(call: Call, interpreted: bool = False) -> str | None:
         f"take head dims of 64 or 128, for keys and values alike, got {dims}": (
             dims not in ((64, 64), (128, 128))
         ),
-        f"take lengths of multiples of 8, got {lengths}": any(n % 8 for n in lengths),
         f"take up to {most} tokens in a row": max(lengths) + offset_or_0 > most,
         "take segment_ids with blocks of 32 tokens or more": (
             call.segment_ids is not None and call.pattern.block_size < 32

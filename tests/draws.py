@@ -122,8 +122,8 @@ def mosaic_calls(draw) -> AttentionCall:
     size = draw(st.sampled_from([64, 64, 128, 16, 32]))
     pattern = draw_pattern(draw, {"block_size": size, "causal": draw(st.booleans())})
     offset = draw(st.sampled_from([0, 0, 128, 256]))
-    q_len = 8 * draw(st.integers(1, 40))
-    kv_len = draw(st.sampled_from([offset + q_len, offset + q_len, 8 * draw(st.integers(1, 50))]))
+    q_len = draw(st.integers(1, 40).map(lambda n: 8 * n) | st.integers(1, 320))
+    kv_len = draw(st.sampled_from([offset + q_len, offset + q_len, draw(st.integers(1, 400))]))
     kv_heads, group = draw(st.sampled_from([(1, 1), (1, 2), (2, 1), (1, 3)]))
     batch = draw(st.sampled_from([1, 1, 2]))
     forward, dq = (

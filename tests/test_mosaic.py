@@ -44,6 +44,20 @@ CALLS = {
     "blocks-of-32-padded": dataclasses.replace(
         BASE, pattern=S2_32, batch=2, query_lengths=(1000, 130), kv_lengths=(900, 300)
     ),
+    "odd-lengths": dataclasses.replace(BASE, q_len=1003, kv_len=1003, batch=2, head_dim=128),
+    "odd-lengths-packed": dataclasses.replace(
+        BASE, q_len=333, kv_len=461, query_offset=128, segments="packed"
+    ),
+    "odd-lengths-padded": dataclasses.replace(
+        BASE,
+        q_len=301,
+        kv_len=999,
+        batch=2,
+        query_lengths=(301, 9),
+        kv_lengths=(997, 3),
+        pattern=s2_jax.local_stride(2, 3, causal=False),
+    ),
+    "one-token": dataclasses.replace(BASE, q_len=1, kv_len=1),
     "few-tokens": dataclasses.replace(BASE, q_len=8, kv_len=8),
     "few-queries": dataclasses.replace(BASE, q_len=8, kv_len=696, query_offset=640),
     "short": dataclasses.replace(BASE, q_len=56, kv_len=72, batch=3),

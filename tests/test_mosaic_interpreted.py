@@ -33,6 +33,9 @@ CALLS = {
     "wide-steps": dataclasses.replace(BASE, tiles=WIDE, q_len=400, kv_len=400),
     "batches": dataclasses.replace(BASE, batch=3, heads=1, dtype="float16", q_len=136, kv_len=136),
     "head-dim-128": dataclasses.replace(BASE, head_dim=128, q_len=136, kv_len=136, heads=1),
+    "odd-lengths": dataclasses.replace(
+        BASE, q_len=139, kv_len=203, pattern=s2_jax.local_stride(1, 2, causal=False)
+    ),
     "offset": dataclasses.replace(BASE, q_len=136, kv_len=264, query_offset=128),
     "more-queries": dataclasses.replace(BASE, q_len=264, kv_len=72),
     "nothing-seen": dataclasses.replace(

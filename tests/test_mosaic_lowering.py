@@ -95,6 +95,14 @@ def test_none_takes_triton_for_short_rows():
 
 
 @needs_mosaic
+def test_none_copies_long_rows_alone_to_multiples_of_8():
+    short, long = [(1, 4099, 1, 64)] * 3, [(1, 32771, 1, 64)] * 3
+    assert kernels_of(lowered(attention(), short)) == (0, 3)
+    assert kernels_of(lowered(attention("mosaic"), short)) == (2, 1)
+    assert kernels_of(lowered(attention(), long)) == (2, 1)
+
+
+@needs_mosaic
 def test_mapped_by_vmap():
     shapes = [(3, *shape) for shape in SHAPES]
     assert kernels_of(lowered(jax.vmap(attention("mosaic")), shapes)) == (2, 1)
@@ -202,7 +210,6 @@ def test_what_it_cannot_do_is_refused():
     long = [(1, 1 << 23, 1, 64)] * 3
     refused("up to 8388352 tokens in a row", pattern=blocks_of_16, shapes=long)
     refused("query_offset known before, a multiple of 128", query_offset=64)
-    refused(r"multiples of 8, got \(1032, 1031\)", shapes=[SHAPES[0], *[(2, 1031, 2, 128)] * 2])
     refused("no logits_soft_cap", logits_soft_cap=5.0)
 
 
