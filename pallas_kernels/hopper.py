@@ -205,7 +205,7 @@ class KeyRefs(NamedTuple):
 
     key: Any
     value: Any
-    ids: Any
+    ids: Any = None
 
 
 @dataclasses.dataclass(frozen=True)

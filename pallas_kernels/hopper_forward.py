@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mgpu
 
 from pallas_kernels import hopper
+from pallas_kernels.block_lists import BlockLists
 from pallas_kernels.call import Arrays, Settings
 from pallas_kernels.hopper import WARPGROUPS, KeyRefs, Notes, Pipeline, Turns
 from pallas_kernels.hopper_tiles import ROWS, QueryTile, Schedule, Told, i32, spread
@@ -24,6 +24,7 @@ from pallas_kernels.softmax import (
     LOWEST,
     log2,
 )
+from pallas_kernels.tiles import Tile
 
 _FLAGS = 4096  # a program of an H100 takes 1986 tiles of 32 rows of 1048576 tokens
 Carry = tuple[jax.Array, jax.Array, jax.Array]
@@ -34,135 +35,275 @@ def forward(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[ja
     """As `forward.forward`."""
     batch, q_len, heads, head_dim = arrays["query"].shape
     query, (key, value) = hopper.in_eights(arrays["query"]), hopper.keys_that_count(arrays)
-    dtype, value_dim, group = query.dtype, value.shape[-1], heads // key.shape[2]
-    tile_shape, lists = settings.tiles.forward, settings.layouts.forward()
-    ids = hopper.segment_ids(arrays)
-    segments = len(ids) > 0
+    ids, lists, value_dim = hopper.segment_ids(arrays), settings.layouts.forward(), value.shape[-1]
+    scratch = Scratch.of(
+        settings.tiles.forward, lists, (head_dim, value_dim), query.dtype, len(ids) > 0
+    )
+    out_shape = [
+        jax.ShapeDtypeStruct((*query.shape[:3], value_dim), query.dtype),
+        jax.ShapeDtypeStruct((batch, heads, hopper.whole_tiles(q_len)), jnp.float32),
+    ]
+    out, lse = hopper.call(
+        "s2_attention_forward", _compute, _fetch, settings, lists, (query, key, value, *ids),
+        arrays, list_arrays, out_shape, scratch,
+    )  # fmt: skip
+    return out[:, :q_len], lse[..., :q_len]
 
-    def compute(schedule: Schedule, refs: Any, scratch: Any, warpgroup: Any) -> None:
-        q_ref, _, _, *id_refs, o_ref, lse_ref = refs
-        (queries, outs, lses, bad, *q_ids), flags, (query_ready, decided), turns, *rest = scratch
-        mine, flags, turns = queries.at[warpgroup], Flags(flags), Turns(turns)
-        notes, pipeline = Notes(*rest[0]), Pipeline(lists, *rest[1])
 
-        def load(tile: QueryTile) -> None:
-            rows, ready = tile.rows(warpgroup), query_ready.at[warpgroup]
-            mgpu.copy_gmem_to_smem(q_ref.at[tile.batch, rows, tile.head], mine, ready)
-            if segments:
-                mgpu.copy_gmem_to_smem(
-                    id_refs[0].at[tile.batch, rows], q_ids[0].at[warpgroup], ready
-                )
+class Refs(NamedTuple):
+    """Operands and results. ids: of queries and of keys, or nothing."""
 
-        def load_next(number: Any, round_: Any) -> Told:
-            told = notes.take(number)
-            load(schedule.tile(round_, told))
-            return told
+    query: Any
+    key: Any
+    value: Any
+    ids: tuple[Any, ...]
+    out: Any
+    lse: Any
 
-        def walk(tile: QueryTile, slot: Any, pin: bool) -> tuple[Carry, Any, jax.Array | None]:
-            mgpu.barrier_wait(query_ready.at[warpgroup])
-            my_ids = hopper.load_numbers(q_ids[0].at[warpgroup], axis=0) if segments else None
-            padding = tile.padding(warpgroup) if "q_length" in schedule.refs else None
-            scale = settings.exp2.scale
-            carry, slot = _walk(
-                tile, mine, my_ids, turns, pipeline, dtype, scale, warpgroup, slot, pin
-            )
-            return carry, slot, padding
+    @classmethod
+    def of(cls, refs: tuple[Any, ...]) -> Refs:
+        query, key, value, *ids, out, lse = refs
+        return cls(query, key, value, tuple(ids), out, lse)
 
-        def take(round_: Any, state: tuple[Told, Any]) -> tuple[Told, Any]:
-            told, slot = state
-            tile = schedule.tile(round_, told)
-            carry, slot, padding = walk(tile, slot, pin=True)
-            good = _in_range(tile, carry, dtype)
-            if padding is not None:
-                good |= padding
-            bad.at[warpgroup][...] = jnp.where(good, 0.0, 1.0)
-            mgpu.commit_smem()  # all of the warpgroup have done with the query
-            following = round_ + i32(1)
-            told = lax.cond(
-                schedule.has(following), lambda: load_next(following, following), lambda: told
-            )
-            number_bad = hopper.load_numbers(bad.at[warpgroup], axis=1).sum()
-            flags.set(warpgroup, round_, (number_bad > 0) & (tile.told.plain > i32(0)))
-            store(tile, carry, padding)
-            return told, slot
 
-        def take_again(round_: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
-            number, slot = state
-            told = load_next(number, round_)
-            tile = schedule.tile(round_, told)
-            carry, slot, padding = walk(tile, slot, pin=False)
-            store(tile, carry, padding)
-            mgpu.commit_smem()  # all of the warpgroup have done with the query
-            return number + i32(1), slot
+class Rows(NamedTuple):
+    """The queries of a tile in shared memory, `[64, ...]` of each warpgroup.
 
-        def store(tile: QueryTile, carry: Carry, padding: jax.Array | None) -> None:
-            out, peak, sums = carry
-            seen = sums != 0  # a NaN was seen too
-            whole = jnp.where(seen, sums, 1.0)
-            lse = peak + jnp.where(whole == whole, log2(whole), jnp.nan)
-            out = out * spread(1.0 / whole, out)  # a division a row, not one an element
-            lse = jnp.where(seen, lse, -jnp.inf)
-            if padding is not None:
-                lse = jnp.where(padding, -jnp.inf, lse)
-                out = hopper.blank(out, padding)
-            mgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the tile before
-            outs.at[warpgroup][...] = out.astype(dtype)
-            lses.at[warpgroup][...] = lse
-            mgpu.commit_smem()
-            rows = tile.rows(warpgroup)
-            mgpu.copy_smem_to_gmem(outs.at[warpgroup], o_ref.at[tile.batch, rows, tile.head])
-            mgpu.copy_smem_to_gmem(lses.at[warpgroup], lse_ref.at[tile.batch, tile.head, rows])
+    bad: 1.0 where a row has left the range. ids: of segments; None where there are none.
+    """
 
-        first = load_next(i32(0), i32(0))
-        _, slot = schedule.visit(take, (first, i32(0)))
-        # Results that may be written again are written: no test would notice if they were not.
-        mgpu.wait_smem_to_gmem(0)
-        mgpu.barrier_arrive(decided)
-        mgpu.barrier_wait(decided)
-        flags.visit(schedule, take_again, (schedule.rounds, slot))
-        mgpu.wait_smem_to_gmem(0)
+    query: Any
+    out: Any
+    lse: Any
+    bad: Any
+    ids: Any
 
-    def fetch(schedule: Schedule, refs: Any, scratch: Any) -> None:
-        _, key_ref, value_ref, *id_refs, _, _ = refs
-        keys = KeyRefs(key_ref, value_ref, id_refs[1] if segments else None)
-        _, flags, (_, decided), _, *rest = scratch
-        notes, pipeline = Notes(*rest[0]), Pipeline(lists, *rest[1])
+    def of(self, warpgroup: Any) -> Rows:
+        return Rows(*(None if ref is None else ref.at[warpgroup] for ref in self))
 
-        def take(round_: Any, state: tuple[Any, Any], again: bool) -> tuple[Any, Any]:
+
+class Scratch(NamedTuple):
+    """query_ready: of each warpgroup. decided: all flags are there."""
+
+    rows: Rows
+    flags: Any
+    query_ready: Any
+    decided: Any
+    turns: Any
+    notes: Any
+    stages: Any
+
+    @classmethod
+    def of(
+        cls, tile: Tile, lists: BlockLists, dims: tuple[int, int], dtype: Any, segments: bool
+    ) -> Scratch:
+        numbers, ids = (mgpu.SMEM((WARPGROUPS, ROWS), kind) for kind in (jnp.float32, jnp.int32))
+        rows = [hopper.shared((WARPGROUPS, ROWS, dim), dtype) for dim in dims]
+        return cls(
+            Rows(rows[0], rows[1], numbers, numbers, ids if segments else None),
+            Flags.scratch(),
+            mgpu.Barrier(num_arrivals=1 + segments, num_barriers=WARPGROUPS),
+            mgpu.Barrier(num_arrivals=WARPGROUPS),
+            mgpu.Barrier(num_arrivals=WARPGROUPS),
+            Notes.scratch(),
+            Pipeline.scratch(tile, lists, dims, dtype, segments),
+        )
+
+
+def _fetch(schedule: Schedule, refs: tuple[Any, ...], scratch: Scratch) -> None:
+    _, key, value, ids, *_ = found = Refs.of(refs)
+    keys, group = KeyRefs(key, value, *ids[1:]), found.query.shape[2] // key.shape[2]
+    notes, pipeline = Notes(*scratch.notes), Pipeline(schedule.lists, *scratch.stages)
+
+    def take(again: bool) -> Callable[[Any, Any], Any]:
+        def one(round_: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
             number, step = state
             task = schedule.task(round_)
             notes.write(number, Told(task.place, *task.steps.number(everything=again)))
             step = pipeline.feed(task, keys, group, step, all_masked=again)
             return number + i32(1), step
 
-        state = schedule.visit(functools.partial(take, again=False), (i32(0), i32(0)))
-        mgpu.barrier_wait(decided)
-        Flags(flags).visit(schedule, functools.partial(take, again=True), state)
+        return one
 
-    out_shape = [
-        jax.ShapeDtypeStruct((*query.shape[:3], value_dim), dtype),
-        jax.ShapeDtypeStruct((batch, heads, hopper.whole_tiles(q_len)), jnp.float32),
-    ]
-    row_numbers, row_ids = (
-        mgpu.SMEM((WARPGROUPS, ROWS), kind) for kind in (jnp.float32, jnp.int32)
-    )
-    rows = [hopper.shared((WARPGROUPS, ROWS, dim), dtype) for dim in (head_dim, value_dim)]
-    scratch = (
-        (*rows, row_numbers, row_numbers, *[row_ids] * segments),
-        Flags.scratch(),
-        (
-            mgpu.Barrier(num_arrivals=1 + segments, num_barriers=WARPGROUPS),
-            mgpu.Barrier(num_arrivals=WARPGROUPS),
-        ),
-        mgpu.Barrier(num_arrivals=WARPGROUPS),
-        Notes.scratch(),
-        Pipeline.scratch(tile_shape, lists, (head_dim, value_dim), dtype, segments),
-    )
-    out, lse = hopper.call(
-        "s2_attention_forward", compute, fetch, settings, lists, (query, key, value, *ids), arrays,
-        list_arrays, out_shape, scratch,
-    )  # fmt: skip
-    return out[:, :q_len], lse[..., :q_len]
+    state = schedule.visit(take(again=False), (i32(0), i32(0)))
+    mgpu.barrier_wait(scratch.decided)
+    Flags(scratch.flags).visit(schedule, take(again=True), state)
+
+
+def _compute(schedule: Schedule, refs: tuple[Any, ...], scratch: Scratch, warpgroup: Any) -> None:
+    Multiplier(
+        schedule, warpgroup, Refs.of(refs), scratch, scratch.rows.of(warpgroup),
+        Turns(scratch.turns), Notes(*scratch.notes), Pipeline(schedule.lists, *scratch.stages),
+    ).run()  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Multiplier:
+    """A warpgroup that multiplies. mine: its own rows of the scratch."""
+
+    schedule: Schedule
+    warpgroup: Any
+    refs: Refs
+    scratch: Scratch
+    mine: Rows
+    turns: Turns
+    notes: Notes
+    pipeline: Pipeline
+
+    def run(self) -> None:
+        flags, schedule = Flags(self.scratch.flags), self.schedule
+        first = self._load_next(i32(0), i32(0))
+        _, slot = schedule.visit(self._take, (first, i32(0)))
+        # Results that may be written again are written: no test would notice if they were not.
+        mgpu.wait_smem_to_gmem(0)
+        mgpu.barrier_arrive(self.scratch.decided)
+        mgpu.barrier_wait(self.scratch.decided)
+        flags.visit(schedule, self._take_again, (schedule.rounds, slot))
+        mgpu.wait_smem_to_gmem(0)
+
+    def _take(self, round_: Any, state: tuple[Told, Any]) -> tuple[Told, Any]:
+        told, slot = state
+        tile = self.schedule.tile(round_, told)
+        carry, slot, padding = self._walk(tile, slot, pin=True)
+        good = _in_range(tile, carry, self.refs.out.dtype)
+        if padding is not None:
+            good |= padding
+        self.mine.bad[...] = jnp.where(good, 0.0, 1.0)
+        mgpu.commit_smem()  # all of the warpgroup have done with the query
+        following = round_ + i32(1)
+        told = lax.cond(
+            self.schedule.has(following),
+            lambda: self._load_next(following, following),
+            lambda: told,
+        )
+        number_bad = hopper.load_numbers(self.mine.bad, axis=1).sum()
+        bad = (number_bad > 0) & (tile.told.plain > i32(0))
+        Flags(self.scratch.flags).set(self.warpgroup, round_, bad)
+        self._store(tile, carry, padding)
+        return told, slot
+
+    def _take_again(self, round_: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
+        number, slot = state
+        told = self._load_next(number, round_)
+        tile = self.schedule.tile(round_, told)
+        carry, slot, padding = self._walk(tile, slot, pin=False)
+        self._store(tile, carry, padding)
+        mgpu.commit_smem()  # all of the warpgroup have done with the query
+        return number + i32(1), slot
+
+    def _load_next(self, number: Any, round_: Any) -> Told:
+        """Asks for the queries of a tile. number: of its note."""
+        told = self.notes.take(number)
+        tile = self.schedule.tile(round_, told)
+        rows, ready = tile.rows(self.warpgroup), self.scratch.query_ready.at[self.warpgroup]
+        query = self.refs.query.at[tile.batch, rows, tile.head]
+        mgpu.copy_gmem_to_smem(query, self.mine.query, ready)
+        if self.refs.ids:
+            ids = self.refs.ids[0].at[tile.batch, rows]
+            mgpu.copy_gmem_to_smem(ids, self.mine.ids, ready)
+        return told
+
+    def _store(self, tile: QueryTile, carry: Carry, padding: jax.Array | None) -> None:
+        out, peak, sums = carry
+        seen = sums != 0  # a NaN was seen too
+        whole = jnp.where(seen, sums, 1.0)
+        lse = peak + jnp.where(whole == whole, log2(whole), jnp.nan)
+        out = out * spread(1.0 / whole, out)  # a division a row, not one an element
+        lse = jnp.where(seen, lse, -jnp.inf)
+        if padding is not None:
+            lse = jnp.where(padding, -jnp.inf, lse)
+            out = hopper.blank(out, padding)
+        mgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the tile before
+        self.mine.out[...] = out.astype(self.refs.out.dtype)
+        self.mine.lse[...] = lse
+        mgpu.commit_smem()
+        rows = tile.rows(self.warpgroup)
+        out_at, lse_at = (tile.batch, rows, tile.head), (tile.batch, tile.head, rows)
+        mgpu.copy_smem_to_gmem(self.mine.out, self.refs.out.at[out_at])
+        mgpu.copy_smem_to_gmem(self.mine.lse, self.refs.lse.at[lse_at])
+
+    def _walk(self, tile: QueryTile, slot: Any, pin: bool) -> tuple[Carry, Any, jax.Array | None]:
+        """Takes in all keys of a tile, from a stage on.
+
+        pin: the peak stays as it is after the steps with masks; otherwise none is left out.
+
+        Returns:
+          Sums; the stage after the last; which rows do not count, None where all do.
+        """
+        mgpu.barrier_wait(self.scratch.query_ready.at[self.warpgroup])
+        ids = hopper.load_numbers(self.mine.ids, axis=0) if self.refs.ids else None
+        padding = tile.padding(self.warpgroup) if "q_length" in self.schedule.refs else None
+
+        def attend_masked(_: Any, state: tuple[Any, Carry]) -> tuple[Any, Carry]:
+            slot, carry = state
+            self._wait_for_key(slot)
+            return self._attend(tile, ids, slot, carry, masked=True, more=False)
+
+        def attend_plain(number: Any, state: tuple[Any, Carry]) -> tuple[Any, Carry]:
+            more = number + i32(1) < plain
+            return self._attend(tile, ids, *state, masked=False, more=more)
+
+        self.turns.begin(self.warpgroup)
+        zeros = hopper.zeros(self.pipeline.value.shape[2])
+        carry: Carry = zeros, hopper.per_row(LOWEST), hopper.per_row(0.0)
+        plain = tile.told.plain
+        slot, carry = lax.fori_loop(i32(0), tile.told.masked, attend_masked, (slot, carry))
+        if pin:
+            out, peak, sums = carry
+            carry = out, jnp.where(sums > 0, peak, 0.0), sums
+            pl.when(plain > i32(0))(lambda: self._wait_for_key(slot))
+            slot, carry = lax.fori_loop(i32(0), plain, attend_plain, (slot, carry))
+        self.turns.end(self.warpgroup)
+        return carry, slot, padding
+
+    def _wait_for_key(self, slot: Any) -> None:
+        mgpu.barrier_wait(self.pipeline.key_ready.at[slot])
+
+    def _attend(
+        self, tile: QueryTile, q_ids: Any, slot: Any, carry: Carry, masked: bool, more: Any
+    ) -> tuple[Any, Carry]:
+        """Takes in the keys of a stage, and returns the next one.
+
+        masked: with a mask; otherwise the peak is pinned. more: whether the key of the next step
+        is waited for already, while the products run.
+        """
+        pipeline, turns, settings = self.pipeline, self.turns, self.schedule.settings
+        (out, peak, sums), scale = carry, settings.exp2.scale
+        following = pipeline.after(slot)
+
+        def multiply(products: Any) -> jax.Array:
+            mgpu.wgmma(products, self.mine.query, pipeline.key.at[slot].transpose((1, 0)))
+            turns.pass_on()
+            return products[...]
+
+        keys = pipeline.key.shape[1]
+        scores = pl.run_scoped(multiply, mgpu.ACC((ROWS, keys), jnp.float32))
+        if masked:
+            mask = tile.mask(
+                pipeline.entries_at(slot), self.warpgroup, q_ids, pipeline.ids_at(slot)
+            )
+        mgpu.barrier_arrive(pipeline.key_used.at[slot])
+        if masked:
+            scores = jnp.where(mask, scores, -jnp.inf)
+            before, peak = peak, jnp.maximum(peak, scores.max(axis=1) * scale)
+            decay = jnp.exp2(before - peak)
+            out, sums = out * spread(decay, out), sums * decay
+        weights = jnp.exp2(scores * scale - spread(peak, scores))
+        sums += weights.sum(axis=1)
+        narrow = weights.astype(self.refs.out.dtype)
+        out, peak, sums, narrow = lax.optimization_barrier((out, peak, sums, narrow))
+        turns.arrive()
+        mgpu.barrier_wait(pipeline.value_ready.at[slot])
+        turns.wait()
+
+        def wait_for_next() -> None:
+            pl.when(more)(lambda: self._wait_for_key(following))
+
+        out = hopper.add_product(
+            settings, out, narrow, pipeline.value.at[slot], meanwhile=wait_for_next
+        )
+        mgpu.barrier_arrive(pipeline.value_used.at[slot])
+        return following, (out, peak, sums)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,87 +343,6 @@ class Flags:
         """Word and bit."""
         flag = lax.rem(round_, i32(_FLAGS))
         return lax.div(flag, i32(32)), lax.rem(flag, i32(32))
-
-
-def _walk(
-    tile: QueryTile,
-    query: Any,
-    q_ids: jax.Array | None,
-    turns: Turns,
-    pipeline: Pipeline,
-    dtype: Any,
-    scale: float,
-    warpgroup: Any,
-    slot: Any,
-    pin: bool,
-) -> tuple[Carry, Any]:
-    """Takes in all keys of a tile, from a stage on; returns the one after the last too.
-
-    pin: the peak stays as it is after the steps with masks; otherwise none is left out.
-    """
-    keys, value_dim = pipeline.key.shape[1], pipeline.value.shape[2]
-
-    def wait_for_key(slot: Any) -> None:
-        mgpu.barrier_wait(pipeline.key_ready.at[slot])
-
-    def attend(slot: Any, carry: Carry, masked: bool, more: Any) -> tuple[Any, Carry]:
-        """masked: with a mask; otherwise the peak is pinned. more: whether the key of the next step
-        is waited for already, while the products run.
-        """
-        out, peak, sums = carry
-        following = pipeline.after(slot)
-
-        def multiply(products: Any) -> jax.Array:
-            mgpu.wgmma(products, query, pipeline.key.at[slot].transpose((1, 0)))
-            turns.pass_on()
-            return products[...]
-
-        scores = pl.run_scoped(multiply, mgpu.ACC((ROWS, keys), jnp.float32))
-        if masked:
-            mask = tile.mask(pipeline.entries_at(slot), warpgroup, q_ids, pipeline.ids_at(slot))
-        mgpu.barrier_arrive(pipeline.key_used.at[slot])
-        if masked:
-            scores = jnp.where(mask, scores, -jnp.inf)
-            before, peak = peak, jnp.maximum(peak, scores.max(axis=1) * scale)
-            decay = jnp.exp2(before - peak)
-            out, sums = out * spread(decay, out), sums * decay
-        weights = jnp.exp2(scores * scale - spread(peak, scores))
-        sums += weights.sum(axis=1)
-        narrow = weights.astype(dtype)
-        out, peak, sums, narrow = lax.optimization_barrier((out, peak, sums, narrow))
-        turns.arrive()
-        mgpu.barrier_wait(pipeline.value_ready.at[slot])
-        turns.wait()
-
-        def wait_for_next() -> None:
-            pl.when(more)(lambda: wait_for_key(following))
-
-        out = hopper.add_product(
-            tile.settings, out, narrow, pipeline.value.at[slot], meanwhile=wait_for_next
-        )
-        mgpu.barrier_arrive(pipeline.value_used.at[slot])
-        return following, (out, peak, sums)
-
-    def attend_masked(_: Any, state: tuple[Any, Carry]) -> tuple[Any, Carry]:
-        slot, carry = state
-        wait_for_key(slot)
-        return attend(slot, carry, masked=True, more=False)
-
-    def attend_plain(number: Any, state: tuple[Any, Carry]) -> tuple[Any, Carry]:
-        slot, carry = state
-        return attend(slot, carry, masked=False, more=number + i32(1) < plain)
-
-    turns.begin(warpgroup)
-    carry: Carry = hopper.zeros(value_dim), hopper.per_row(LOWEST), hopper.per_row(0.0)
-    plain = tile.told.plain
-    slot, carry = lax.fori_loop(i32(0), tile.told.masked, attend_masked, (slot, carry))
-    if pin:
-        out, peak, sums = carry
-        carry = out, jnp.where(sums > 0, peak, 0.0), sums
-        pl.when(plain > i32(0))(lambda: wait_for_key(slot))
-        slot, carry = lax.fori_loop(i32(0), plain, attend_plain, (slot, carry))
-    turns.end(warpgroup)
-    return carry, slot
 
 
 def _in_range(tile: QueryTile, carry: Carry, dtype: Any) -> jax.Array:
