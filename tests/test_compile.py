@@ -1,4 +1,7 @@
-"""Every kernel that the heuristics can pick, compiled by the official Triton; needs no GPU."""
+"""Every kernel that the heuristics can pick, compiled by the official Triton; needs no GPU.
+
+In CI for Ampere and Hopper: heads of 128 in bfloat16, and all others in blocks of 64.
+"""
 
 import pytest
 
@@ -6,14 +9,17 @@ from benchmarks.resource_cases import cases
 from benchmarks.resources import SHARED_LIMITS, faults
 from pallas_kernels.official import measure
 
-# Ampere and Hopper in CI; the others where they are asked for.
-ALWAYS = (80, 90)
+
+def always(case, capability):
+    usual = case.head_dim == 128 and case.dtype == "bfloat16"
+    return capability in (80, 90) and (usual or case.block_size == 64)
 
 
 def picks():
     for capability in SHARED_LIMITS:
-        mark = pytest.mark.compile if capability in ALWAYS else pytest.mark.compile_full
         for case in cases(capability):
+            often = always(case, capability)
+            mark = pytest.mark.compile if often else pytest.mark.compile_full
             name = f"sm{capability}-{case.variant}-{case.dtype}-{case.head_dim}-{case.block_size}"
             tiles = (case.tile(kernel) for kernel in case.names)
             sizes = "-".join(f"{tile.block_q}x{tile.block_kv}" for tile in tiles)
