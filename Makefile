@@ -35,7 +35,7 @@ test: $(INSTALLED) ## run the tests
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q tests/test_[!a-d]*.py
 
 # worksteal here too: where short and long calls share a kernel, one worker compiles it once.
-compile: $(INSTALLED) ## compile every kernel with the official Triton; no GPU needed
+compile: $(INSTALLED) ## compile the kernels with the official Triton; no GPU needed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q -m compile
 
 lint: $(INSTALLED) ## ruff check and ruff format --check

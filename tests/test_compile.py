@@ -1,18 +1,21 @@
 """Every kernel that the heuristics can pick, compiled by the official Triton; needs no GPU.
 
-In CI for Ampere and Hopper: heads of 128 in bfloat16, and all others in blocks of 64.
+In CI for Hopper and, without the variants, for Ampere; in blocks of 64, and of all sizes with heads
+of 128 in bfloat16.
 """
 
 import pytest
 
-from benchmarks.resource_cases import cases
+from benchmarks.resource_cases import VARIANTS, cases
 from benchmarks.resources import SHARED_LIMITS, faults
 from pallas_kernels.official import measure
 
 
 def always(case, capability):
-    usual = case.head_dim == 128 and case.dtype == "bfloat16"
-    return capability in (80, 90) and (usual or case.block_size == 64)
+    plain = case.variant == "ragged" or case.variant not in VARIANTS  # or decoding
+    every_block_size = plain and case.head_dim == 128 and case.dtype == "bfloat16"
+    taken = every_block_size or case.block_size == 64
+    return taken and (capability == 90 or (capability == 80 and plain))
 
 
 def picks():
