@@ -151,7 +151,7 @@ def _clipped_runs(settings: Settings, lists: BlockLists, named: Arrays) -> jax.A
     index = jnp.arange(runs.shape[0], dtype=jnp.int32)
     row = jnp.searchsorted(named["run_start"], index, side="right", method="scan_unrolled") - 1
     place = named["order"].reshape(-1)[jnp.minimum(row, rows - 1)]
-    run = Run(runs[:, 0], lax.shift_right_logical(runs[:, 1], COUNT_BITS), runs[:, 1] & MAX_COUNT)
+    run = Run(runs[:, 0], runs[:, 1] >> COUNT_BITS, runs[:, 1] & MAX_COUNT)
 
     def of_entry(spans: jax.Array) -> jax.Array:
         span = Span(*spans[place - first_tile].T)

@@ -70,6 +70,14 @@ def test_drawn_calls_are_lowered(call):
 
 
 @needs_mosaic
+@pytest.mark.parametrize("name", ["window-joins", "packed", "padded"])
+def test_lowered_in_64_bit_mode(name):
+    mesh = AbstractMesh((1,), ("x",), abstract_device=H100)
+    with jax.enable_x64(True), use_abstract_mesh(mesh):
+        assert kernels_of(CALLS[name].lowered("mosaic")) == (2, 1)
+
+
+@needs_mosaic
 def test_triton_lowers_what_it_is_asked_for():
     assert kernels_of(lowered(attention("triton"), SHAPES)) == (0, 3)
 
