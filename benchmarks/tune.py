@@ -183,8 +183,8 @@ def _compile(
 
 def takes_mosaic(options: Options) -> bool:
     """Whether Mosaic's kernels do, on this GPU."""
-    plain = options.head_dim in (64, 128) and not options.documents
-    return plain and lowering.has_mosaic()
+    ids_fit = not options.documents or options.block_size >= 32
+    return options.head_dim in (64, 128) and ids_fit and lowering.has_mosaic()
 
 
 def candidates(options: Options, length: int, kernel: str, launcher: str) -> list[Tile]:
@@ -200,6 +200,7 @@ def default(options: Options, length: int, kernel: str, mosaic: bool = False) ->
         q_len=length,
         block_size=options.block_size,
         group=options.heads // options.kv_heads,
+        cut_short=options.documents > 0,
         compute_capability=lowering.compute_capability() or 90,
         mosaic=mosaic,
     )
