@@ -296,11 +296,12 @@ class QueryTile:
             return lax.broadcast_in_dim(numbers, shape, [0])
 
         def limit(positions: jax.Array) -> jax.Array:
+            """No key that counts lies further: lists hold `MAX_COUNT` units, so that it fits."""
+            positions = jnp.minimum(jnp.maximum(positions, i32(0)), self.kv_length)
             return of_rows(positions << lists.rows)
 
         # Mosaic finds no layout where all rows have the same end.
-        end = own + (i32(1) if self.settings.causal else i32(_FAR))
-        end = limit(jnp.minimum(end, self.kv_length))
+        end = limit(own + (i32(1) if self.settings.causal else i32(_FAR)))
         part = MOSAIC_ROWS // lists.rows
         if part >= ROWS:  # one number a key says it for all rows
             listed = (keys >> lax.div(warpgroup * i32(ROWS), i32(part))) & 1
@@ -310,9 +311,9 @@ class QueryTile:
             mask = ((of_keys(keys) & of_rows(bit)) != 0) & (of_keys(keys) < end)
         if window is not None:
             size = i32(min(window.size, _FAR))
-            near = of_keys(keys) >= limit(jnp.maximum(own - size + i32(1), i32(0)))
+            near = of_keys(keys) >= limit(own - size + i32(1))
             if not self.settings.causal:
-                near &= of_keys(keys) < limit(jnp.minimum(own + size, self.kv_length))
+                near &= of_keys(keys) < limit(own + size)
             mask = mask | (near & (of_keys(keys) < end)) if window.adds else mask & near
         if q_ids is not None:
             mask &= of_rows(q_ids) == of_keys(kv_ids)

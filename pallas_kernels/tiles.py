@@ -102,11 +102,6 @@ class TileConfig:
         return "mosaic" in (self.forward.lowering, self.dq.lowering)
 
 
-def most_mosaic_tokens(block_size: int) -> int:
-    """In a row of queries or keys: positions stand beside a bit for each block of a tile."""
-    return (1 << (31 - max(1, MOSAIC_ROWS // block_size))) - 2 * MOSAIC_ROWS
-
-
 def pick_tiles(
     *,
     head_dim: int,

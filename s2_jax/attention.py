@@ -16,7 +16,7 @@ from pallas_kernels import lowering
 from pallas_kernels.attention import Portable, block_sparse_attention
 from pallas_kernels.call import Settings
 from pallas_kernels.explicit import explicit_axes, explicit_spec, is_split
-from pallas_kernels.tiles import MOSAIC_ROWS, TileConfig, most_mosaic_tokens, pick_tiles
+from pallas_kernels.tiles import MOSAIC_ROWS, TileConfig, pick_tiles
 from pallas_kernels.tokens import Tokens
 from s2_jax.checks import Call, check_call, check_implementation
 from s2_jax.cudnn import check_cudnn, cudnn_attention
@@ -296,10 +296,7 @@ def _check_mosaic(call: Call, tiles: TileConfig | None = None, interpreted: bool
 def _missing_for_mosaic(call: Call, interpreted: bool = False) -> str | None:
     """What keeps Mosaic's kernels from a call, if anything does."""
     dims = (call.query.shape[-1], call.value.shape[-1])
-    lengths = (call.query.shape[1], call.key.shape[1])
     offset, capability = call.query_offset, lowering.compute_capability()
-    offset_or_0 = offset if isinstance(offset, int) else 0
-    most = most_mosaic_tokens(call.pattern.block_size)
     needed = lowering.FIRST_JAX_THAT_INTERPRETS if interpreted else lowering.FIRST_MOSAIC_JAX
     reasons = {
         f"are for compute capability 9.0, got {(capability or 0) / 10}": (
@@ -315,7 +312,6 @@ def _missing_for_mosaic(call: Call, interpreted: bool = False) -> str | None:
         f"take head dims of 64 or 128, for keys and values alike, got {dims}": (
             dims not in ((64, 64), (128, 128))
         ),
-        f"take up to {most} tokens in a row": max(lengths) + offset_or_0 > most,
         "take segment_ids with blocks of 32 tokens or more": (
             call.segment_ids is not None and call.pattern.block_size < 32
         ),
