@@ -15,8 +15,17 @@ from jax.experimental.pallas import mosaic_gpu as mgpu
 from pallas_kernels import hopper
 from pallas_kernels.block_lists import BlockLists
 from pallas_kernels.call import Arrays, Settings
-from pallas_kernels.hopper import WARPGROUPS, KeyRefs, Notes, Pipeline
-from pallas_kernels.hopper_tiles import ROWS, QueryTile, Schedule, Told, i32, spread
+from pallas_kernels.hopper_pipeline import Fetcher, KeyRefs, Notes, Pipeline
+from pallas_kernels.hopper_tiles import (
+    ROWS,
+    WARPGROUPS,
+    QueryTile,
+    Schedule,
+    Told,
+    i32,
+    load_numbers,
+    spread,
+)
 from pallas_kernels.tiles import Tile
 
 
@@ -68,9 +77,6 @@ class Rows(NamedTuple):
     delta: Any
     ids: Any
 
-    def of(self, warpgroup: Any) -> Rows:
-        return Rows(*(None if ref is None else ref.at[warpgroup] for ref in self))
-
 
 class Scratch(NamedTuple):
     """ready: the rows of each warpgroup."""
@@ -84,10 +90,9 @@ class Scratch(NamedTuple):
     def of(
         cls, tile: Tile, lists: BlockLists, dims: tuple[int, int], dtype: Any, segments: bool
     ) -> Scratch:
-        numbers, ids = (mgpu.SMEM((WARPGROUPS, ROWS), kind) for kind in (jnp.float32, jnp.int32))
-        rows = [hopper.shared((WARPGROUPS, ROWS, dim), dtype) for dim in dims]
+        query, value, numbers, ids = hopper.row_buffers(dims, dtype, segments)
         return cls(
-            Rows(rows[0], rows[1], rows[0], numbers, numbers, ids if segments else None),
+            Rows(query, value, query, numbers, numbers, ids),
             mgpu.Barrier(num_arrivals=4 + segments, num_barriers=WARPGROUPS),
             Notes.scratch(),
             Pipeline.scratch(tile, lists, dims, dtype, segments),
@@ -97,20 +102,14 @@ class Scratch(NamedTuple):
 def _fetch(schedule: Schedule, refs: tuple[Any, ...], scratch: Scratch) -> None:
     found = Refs.of(refs)
     keys = KeyRefs(found.key, found.value, *found.ids[1:])
-    group = found.query.shape[2] // found.key.shape[2]
     notes, pipeline = Notes(*scratch.notes), Pipeline(schedule.lists, *scratch.stages)
-
-    def take(round_: Any, step: Any) -> Any:
-        task = schedule.task(round_)
-        notes.write(round_, Told(task.place, *task.steps.number(everything=False)))
-        return pipeline.feed(task, keys, group, step, all_masked=False)
-
-    schedule.visit(take, i32(0))
+    fetcher = Fetcher(schedule, keys, notes, pipeline)
+    schedule.visit(lambda round_, step: fetcher.take(round_, round_, step), i32(0))
 
 
 def _compute(schedule: Schedule, refs: tuple[Any, ...], scratch: Scratch, warpgroup: Any) -> None:
     Multiplier(
-        schedule, warpgroup, Refs.of(refs), scratch.rows.of(warpgroup),
+        schedule, warpgroup, Refs.of(refs), hopper.of_warpgroup(scratch.rows, warpgroup),
         scratch.ready.at[warpgroup], Notes(*scratch.notes),
         Pipeline(schedule.lists, *scratch.stages),
     ).run()  # fmt: skip
@@ -153,7 +152,7 @@ class Multiplier:
         tile = schedule.tile(round_, told)
         mgpu.barrier_wait(self.ready)
         loaded = (mine.lse, mine.delta, mine.ids) if self.refs.ids else (mine.lse, mine.delta)
-        numbers = [hopper.load_numbers(one, axis=0) for one in loaded]
+        numbers = [load_numbers(one, axis=0) for one in loaded]
         state = slot, hopper.zeros(mine.query.shape[-1])
         for steps, masked in ((told.masked, True), (told.plain, False)):
             add = functools.partial(self._add, tile, numbers, masked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,8 +16,18 @@ from jax.experimental.pallas import mosaic_gpu as mgpu
 from pallas_kernels import hopper
 from pallas_kernels.block_lists import BlockLists
 from pallas_kernels.call import Arrays, Settings
-from pallas_kernels.hopper import WARPGROUPS, KeyRefs, Notes, Pipeline, Turns
-from pallas_kernels.hopper_tiles import ROWS, QueryTile, Schedule, Told, i32, spread
+from pallas_kernels.hopper import Turns
+from pallas_kernels.hopper_pipeline import Fetcher, KeyRefs, Notes, Pipeline
+from pallas_kernels.hopper_tiles import (
+    ROWS,
+    WARPGROUPS,
+    QueryTile,
+    Schedule,
+    Told,
+    i32,
+    load_numbers,
+    spread,
+)
 from pallas_kernels.softmax import (
     GREATEST_TOTAL,
     LEAST_FLOAT16_WEIGHT,
@@ -78,9 +89,6 @@ class Rows(NamedTuple):
     bad: Any
     ids: Any
 
-    def of(self, warpgroup: Any) -> Rows:
-        return Rows(*(None if ref is None else ref.at[warpgroup] for ref in self))
-
 
 class Scratch(NamedTuple):
     """query_ready: of each warpgroup. decided: all flags are there."""
@@ -97,10 +105,9 @@ class Scratch(NamedTuple):
     def of(
         cls, tile: Tile, lists: BlockLists, dims: tuple[int, int], dtype: Any, segments: bool
     ) -> Scratch:
-        numbers, ids = (mgpu.SMEM((WARPGROUPS, ROWS), kind) for kind in (jnp.float32, jnp.int32))
-        rows = [hopper.shared((WARPGROUPS, ROWS, dim), dtype) for dim in dims]
+        query, out, numbers, ids = hopper.row_buffers(dims, dtype, segments)
         return cls(
-            Rows(rows[0], rows[1], numbers, numbers, ids if segments else None),
+            Rows(query, out, numbers, numbers, ids),
             Flags.scratch(),
             mgpu.Barrier(num_arrivals=1 + segments, num_barriers=WARPGROUPS),
             mgpu.Barrier(num_arrivals=WARPGROUPS),
@@ -111,28 +118,24 @@ class Scratch(NamedTuple):
 
 
 def _fetch(schedule: Schedule, refs: tuple[Any, ...], scratch: Scratch) -> None:
-    _, key, value, ids, *_ = found = Refs.of(refs)
-    keys, group = KeyRefs(key, value, *ids[1:]), found.query.shape[2] // key.shape[2]
+    found = Refs.of(refs)
+    keys = KeyRefs(found.key, found.value, *found.ids[1:])
     notes, pipeline = Notes(*scratch.notes), Pipeline(schedule.lists, *scratch.stages)
+    fetcher = Fetcher(schedule, keys, notes, pipeline)
 
-    def take(again: bool) -> Callable[[Any, Any], Any]:
-        def one(round_: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
-            number, step = state
-            task = schedule.task(round_)
-            notes.write(number, Told(task.place, *task.steps.number(everything=again)))
-            step = pipeline.feed(task, keys, group, step, all_masked=again)
-            return number + i32(1), step
+    def take(round_: Any, state: tuple[Any, Any], again: bool) -> tuple[Any, Any]:
+        number, step = state
+        step = fetcher.take(number, round_, step, all_masked=again)
+        return number + i32(1), step
 
-        return one
-
-    state = schedule.visit(take(again=False), (i32(0), i32(0)))
+    state = schedule.visit(functools.partial(take, again=False), (i32(0), i32(0)))
     mgpu.barrier_wait(scratch.decided)
-    Flags(scratch.flags).visit(schedule, take(again=True), state)
+    Flags(scratch.flags).visit(schedule, functools.partial(take, again=True), state)
 
 
 def _compute(schedule: Schedule, refs: tuple[Any, ...], scratch: Scratch, warpgroup: Any) -> None:
     Multiplier(
-        schedule, warpgroup, Refs.of(refs), scratch, scratch.rows.of(warpgroup),
+        schedule, warpgroup, Refs.of(refs), scratch, hopper.of_warpgroup(scratch.rows, warpgroup),
         Turns(scratch.turns), Notes(*scratch.notes), Pipeline(schedule.lists, *scratch.stages),
     ).run()  # fmt: skip
 
@@ -176,7 +179,7 @@ class Multiplier:
             lambda: self._load_next(following, following),
             lambda: told,
         )
-        number_bad = hopper.load_numbers(self.mine.bad, axis=1).sum()
+        number_bad = load_numbers(self.mine.bad, axis=1).sum()
         bad = (number_bad > 0) & (tile.told.plain > i32(0))
         Flags(self.scratch.flags).set(self.warpgroup, round_, bad)
         self._store(tile, carry, padding)
@@ -231,7 +234,7 @@ class Multiplier:
           Sums; the stage after the last; which rows do not count, None where all do.
         """
         mgpu.barrier_wait(self.scratch.query_ready.at[self.warpgroup])
-        ids = hopper.load_numbers(self.mine.ids, axis=0) if self.refs.ids else None
+        ids = load_numbers(self.mine.ids, axis=0) if self.refs.ids else None
         padding = tile.padding(self.warpgroup) if "q_length" in self.schedule.refs else None
 
         def attend_masked(_: Any, state: tuple[Any, Carry]) -> tuple[Any, Carry]:

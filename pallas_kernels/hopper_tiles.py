@@ -20,6 +20,7 @@ from pallas_kernels.lowering import multiprocessors
 from pallas_kernels.tiles import MOSAIC_ROWS
 from pallas_kernels.walk import Run, Span, clip
 
+WARPGROUPS = 2  # that multiply
 ROWS = 64  # queries of a warpgroup
 LAYOUT = mgpu.Layout.WGMMA  # how a warpgroup's registers hold what it multiplies
 _FAR = 1 << 30  # tokens, more than there are
@@ -325,6 +326,17 @@ class QueryTile:
         assert self.settings.query_offset is not None
         first = self._position(warpgroup) - i32(self.settings.query_offset)
         return row + first >= self.q_length
+
+
+def shared(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory laid out for the tensor cores."""
+    transforms = (mgpu.TilingTransform((8, 64)), mgpu.SwizzleTransform(128))
+    return mgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def load_numbers(source: Any, axis: int) -> jax.Array:
+    """From shared memory, a number for each row (axis 0) or column (axis 1) of a product."""
+    return mgpu.load(source, layout=LAYOUT.reduce(1 - axis))  # type: ignore[call-arg]  # JAX 0.10
 
 
 def spread(rows: jax.Array, like: jax.Array) -> jax.Array:
