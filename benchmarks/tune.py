@@ -28,7 +28,7 @@ import s2_jax
 from benchmarks import report
 from pallas_kernels import backward, forward, lowering
 from pallas_kernels.call import Settings
-from pallas_kernels.tiles import Tile, TileConfig, pick_tiles
+from pallas_kernels.tiles import LEAST_MOSAIC_QUERIES, Tile, TileConfig, pick_tiles
 from s2_jax.layout import PatternLayouts, number_patterns
 
 # block_q, block_kv, num_warps, num_stages, unroll
@@ -47,6 +47,7 @@ _MOSAIC = [
     Tile(128, keys, 8, stages, lowering="mosaic")
     for keys, stages in ((64, 2), (64, 3), (64, 4), (128, 2))
 ]
+_MOSAIC_DKV = [Tile(128, 128, 8, stages, lowering="mosaic") for stages in (2, 3, 4)]
 _LISTS = {"forward": _FORWARD, "dq": _DQ, "dkv": _DKV}
 CANDIDATES = {kernel: [Tile(*sizes) for sizes in tiles] for kernel, tiles in _LISTS.items()}
 MATMULS = {"forward": 2, "dq": 3, "dkv": 4}
@@ -109,8 +110,8 @@ def program(
     kernel: str, tile: Tile, launcher: Any, options: Options, length: int
 ) -> tuple[Any, dict[str, jax.Array]]:
     """The kernel's function, jitted, and its lists."""
-    any_dkv = CANDIDATES["dkv"][0] if tile.lowering == "mosaic" else tile
-    tiles = TileConfig(tile, tile, dataclasses.replace(any_dkv, unroll=1))
+    tiles = TileConfig(*(CANDIDATES[name][0] for name in CANDIDATES))
+    tiles = dataclasses.replace(tiles, **{kernel: tile})
     settings = Settings(
         layouts=PatternLayouts(
             options.pattern, options.heads, options.kv_heads, 0, length, length, tiles
@@ -188,9 +189,13 @@ def takes_mosaic(options: Options) -> bool:
 
 
 def candidates(options: Options, length: int, kernel: str, launcher: str) -> list[Tile]:
-    mosaic = kernel != "dkv" and launcher == "pallas" and takes_mosaic(options)
-    usual = default(options, length, kernel, mosaic)
-    return list(dict.fromkeys([usual, *CANDIDATES[kernel], *_MOSAIC * mosaic]))
+    mosaic = launcher == "pallas" and takes_mosaic(options)
+    usual, tiles = default(options, length, kernel, mosaic), []
+    if mosaic and kernel != "dkv":
+        tiles = _MOSAIC
+    elif mosaic and options.block_size >= LEAST_MOSAIC_QUERIES:
+        tiles = _MOSAIC_DKV
+    return list(dict.fromkeys([usual, *CANDIDATES[kernel], *tiles]))
 
 
 def default(options: Options, length: int, kernel: str, mosaic: bool = False) -> Tile:

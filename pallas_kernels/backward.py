@@ -7,6 +7,7 @@ belongs to one program, which adds in a fixed order: the gradients are the same 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -201,19 +202,43 @@ def dq(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Arr
 
 def dkv(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Array, jax.Array]:
     """The gradients of key and value; arguments as for `dq`."""
-    inputs = [arrays[name] for name in _INPUTS]
-    query, key, value = inputs[:3]
-    batch, q_len, num_heads, head_dim = query.shape
-    kv_len, kv_heads, value_dim = value.shape[1:]
-    lists = settings.layouts.dkv()
-    group = num_heads // kv_heads
-    parts = parts_of_group(group, settings.tiles.dkv, lists.longest / max(1, batch * kv_heads))
-    members = group // parts
+    query, key, value = (arrays[name] for name in _INPUTS[:3])
+    batch, _, num_heads, _ = query.shape
+    kv_heads, lists = key.shape[2], settings.layouts.dkv()
+    longest = lists.longest / max(1, batch * kv_heads)
+    parts = parts_of_group(num_heads // kv_heads, settings.tiles.dkv, longest)
+    dtypes = (key.dtype, value.dtype) if parts == 1 else (jnp.float32, jnp.float32)
+    out_shape = [
+        jax.ShapeDtypeStruct((*x.shape[:2], kv_heads * parts, x.shape[-1]), dtype)
+        for x, dtype in zip((key, value), dtypes, strict=True)
+    ]
+    if settings.tiles.dkv.lowering == "mosaic":
+        from pallas_kernels.hopper_dkv import dkv as run  # slow to import, and not in every JAX
+    else:
+        run = _dkv
+    sums = run(settings, arrays, list_arrays, out_shape)
+    if parts == 1:
+        return sums[0], sums[1]
+    wholes = (x.reshape(*key.shape[:3], parts, x.shape[-1]).sum(axis=3) for x in sums)
+    dk, dv = (x.astype(dtype) for x, dtype in zip(wholes, (key.dtype, value.dtype), strict=True))
+    return dk, dv
+
+
+def _dkv(
+    settings: Settings,
+    arrays: Arrays,
+    list_arrays: Arrays,
+    out_shape: list[jax.ShapeDtypeStruct],
+) -> Sequence[jax.Array]:
+    """Sums over the query heads of each key/value head, or over some of them at a time."""
+    inputs, lists = [arrays[name] for name in _INPUTS], settings.layouts.dkv()
+    batch, q_len, num_heads, head_dim = arrays["query"].shape
+    kv_len, kv_heads, value_dim = arrays["value"].shape[1:]
+    parts = out_shape[0].shape[2] // kv_heads
+    members = num_heads // (kv_heads * parts)
     named = operands(settings, lists, arrays, list_arrays)
     grid = Grid(kv_heads * parts, lists.num_tiles, batch, lists.together)
-    dtypes = (key.dtype, value.dtype) if parts == 1 else (jnp.float32, jnp.float32)
-    shape = (batch, kv_len, kv_heads * parts)
-    sums = call_kernel(
+    return call_kernel(
         functools.partial(
             s2_dkv_kernel, names=tuple(named), settings=settings, meta=ListMeta.of(lists),
             grid=grid, group=members,
@@ -231,18 +256,10 @@ def dkv(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Ar
             *operand_specs(named, grid),
         ],
         out_specs=[grid.by_head(kv_len, head_dim), grid.by_head(kv_len, value_dim)],
-        out_shape=[
-            jax.ShapeDtypeStruct((*shape, dim), dtype)
-            for dim, dtype in zip((head_dim, value_dim), dtypes, strict=True)
-        ],
+        out_shape=out_shape,
         tile=settings.tiles.dkv,
         launcher=settings.launcher,
     )  # fmt: skip
-    if parts == 1:
-        return sums[0], sums[1]
-    wholes = (x.reshape(*key.shape[:3], parts, x.shape[-1]).sum(axis=3) for x in sums)
-    dk, dv = (x.astype(dtype) for x, dtype in zip(wholes, (key.dtype, value.dtype), strict=True))
-    return dk, dv
 
 
 def parts_of_group(group: int, tile: Tile, longest: float) -> int:

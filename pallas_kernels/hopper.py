@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,19 +21,16 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as mgpu
 
-from pallas_kernels.block_lists import BlockLists
 from pallas_kernels.call import Arrays, Settings
 from pallas_kernels.hopper_tiles import (
     LAYOUT,
     PROGRAM,
     ROWS,
     WARPGROUPS,
-    Schedule,
     i32,
     shared,
     spread,
 )
-from pallas_kernels.hopper_tiles import operands as list_operands
 from pallas_kernels.lowering import hide_varying
 from pallas_kernels.tiles import MOSAIC_ROWS
 
@@ -41,6 +38,19 @@ from pallas_kernels.tiles import MOSAIC_ROWS
 _MANY_REGISTERS, _FEW_REGISTERS = 240, 24
 _WARPGROUP = "s2_warpgroup"
 Buffers = TypeVar("Buffers", bound=NamedTuple)
+
+
+class Programs(Protocol):
+    """Which tiles the programs of a call take."""
+
+    @property
+    def settings(self) -> Settings: ...
+
+    @property
+    def programs(self) -> int: ...
+
+    def reading(self, refs: dict[str, Any]) -> Any:
+        """The same, from what says so, by name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,27 +134,22 @@ def call(
     name: str,
     compute: Callable[..., None],
     fetch: Callable[..., None],
-    settings: Settings,
-    lists: BlockLists,
+    schedule: Programs,
     operands: Sequence[jax.Array],
-    arrays: Arrays,
-    list_arrays: Arrays,
+    named: Arrays,
     out_shape: Sequence[jax.ShapeDtypeStruct],
     scratch: Any,
 ) -> list[jax.Array]:
     """Runs a kernel: `compute` in two warpgroups, `fetch` in a third.
 
     Both are called with the schedule, what `operands` and the results are as refs, and the scratch;
-    `compute` also with the number of its warpgroup.
+    `compute` also with the number of its warpgroup. named: what the schedule reads, by name.
     """
-    batch, q_len, heads, _ = arrays["query"].shape
-    named = list_operands(settings, lists, arrays, list_arrays)
-    number, interpret = len(operands), settings.launcher == "interpret"
-    schedule = Schedule({}, settings, lists, heads, batch, q_len, arrays["key"].shape[1])
+    number, interpret = len(operands), schedule.settings.launcher == "interpret"
 
     def body(refs: tuple[Any, ...], scratch: Any) -> None:
         lists_at = dict(zip(named, refs[number : number + len(named)], strict=True))
-        mine = dataclasses.replace(schedule, refs=lists_at)
+        mine = schedule.reading(lists_at)
         sides = (*refs[:number], *refs[number + len(named) :])
         warpgroup = lax.axis_index(_WARPGROUP)
 
@@ -186,14 +191,22 @@ def segment_ids(arrays: Arrays) -> tuple[jax.Array, ...]:
     return tuple(padded(arrays[name], 0) for name in ("q_ids", "kv_ids") if name in arrays)
 
 
-def keys_that_count(arrays: Arrays) -> tuple[jax.Array, jax.Array]:
+def keys_that_count(arrays: Arrays) -> list[jax.Array]:
     """Keys and values, zeros for padding: a weight of zero would not make a NaN in it a zero."""
-    key, value = (in_eights(arrays[name]) for name in ("key", "value"))
-    if "kv_length" not in arrays:
-        return key, value
-    counts = jnp.arange(key.shape[1], dtype=jnp.int32)[None] < arrays["kv_length"][:, None]
-    key, value = (jnp.where(counts[..., None, None], x, jnp.zeros_like(x)) for x in (key, value))
-    return key, value
+    return [_that_counts(arrays, name, "kv_length") for name in ("key", "value")]
+
+
+def queries_that_count(arrays: Arrays) -> list[jax.Array]:
+    """Queries and the gradients of their outputs, likewise."""
+    return [_that_counts(arrays, name, "q_length") for name in ("query", "grad_out")]
+
+
+def _that_counts(arrays: Arrays, name: str, length: str) -> jax.Array:
+    array = in_eights(arrays[name])
+    if length not in arrays:
+        return array
+    counts = jnp.arange(array.shape[1], dtype=jnp.int32)[None] < arrays[length][:, None]
+    return jnp.where(counts[..., None, None], array, jnp.zeros_like(array))
 
 
 def in_eights(array: jax.Array) -> jax.Array:

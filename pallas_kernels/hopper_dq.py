@@ -24,6 +24,7 @@ from pallas_kernels.hopper_tiles import (
     Told,
     i32,
     load_numbers,
+    operands,
     spread,
 )
 from pallas_kernels.tiles import Tile
@@ -39,8 +40,9 @@ def dq(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Arr
     )
     lse, delta = hopper.padded(arrays["lse"], jnp.inf), hopper.padded(arrays["delta"], 0.0)
     [gradient] = hopper.call(
-        "s2_attention_dq", _compute, _fetch, settings, lists,
-        (query, key, value, grad_out, lse, delta, *ids), arrays, list_arrays,
+        "s2_attention_dq", _compute, _fetch, Schedule.of(settings, lists, arrays),
+        (query, key, value, grad_out, lse, delta, *ids),
+        operands(settings, lists, arrays, list_arrays),
         [jax.ShapeDtypeStruct(query.shape, query.dtype)], scratch,
     )  # fmt: skip
     return (gradient[:, : arrays["query"].shape[1]],)
@@ -95,7 +97,7 @@ class Scratch(NamedTuple):
             Rows(query, value, query, numbers, numbers, ids),
             mgpu.Barrier(num_arrivals=4 + segments, num_barriers=WARPGROUPS),
             Notes.scratch(),
-            Pipeline.scratch(tile, lists, dims, dtype, segments),
+            Pipeline.scratch(tile.num_stages, lists, dims, dtype, segments),
         )
 
 

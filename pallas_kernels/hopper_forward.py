@@ -26,6 +26,7 @@ from pallas_kernels.hopper_tiles import (
     Told,
     i32,
     load_numbers,
+    operands,
     spread,
 )
 from pallas_kernels.softmax import (
@@ -55,8 +56,9 @@ def forward(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[ja
         jax.ShapeDtypeStruct((batch, heads, hopper.whole_tiles(q_len)), jnp.float32),
     ]
     out, lse = hopper.call(
-        "s2_attention_forward", _compute, _fetch, settings, lists, (query, key, value, *ids),
-        arrays, list_arrays, out_shape, scratch,
+        "s2_attention_forward", _compute, _fetch, Schedule.of(settings, lists, arrays),
+        (query, key, value, *ids), operands(settings, lists, arrays, list_arrays),
+        out_shape, scratch,
     )  # fmt: skip
     return out[:, :q_len], lse[..., :q_len]
 
@@ -113,7 +115,7 @@ class Scratch(NamedTuple):
             mgpu.Barrier(num_arrivals=WARPGROUPS),
             mgpu.Barrier(num_arrivals=WARPGROUPS),
             Notes.scratch(),
-            Pipeline.scratch(tile, lists, dims, dtype, segments),
+            Pipeline.scratch(tile.num_stages, lists, dims, dtype, segments),
         )
 
 

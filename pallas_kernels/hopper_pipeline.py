@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,13 @@ from pallas_kernels.hopper_tiles import (
     WARPGROUPS,
     At,
     Schedule,
+    Steps,
     Task,
     Told,
     i32,
     load_numbers,
     shared,
 )
-from pallas_kernels.tiles import Tile
 
 _NOTES = 2
 _LANES = 128  # threads of a warpgroup, and keys that a step has at most
@@ -62,10 +62,22 @@ class Notes:
         return told
 
 
+class Side(NamedTuple):
+    """Half of what a step brings, with barriers of its own.
+
+    copies: what to copy, as `tokens -> source`, and where to, `[stages, tokens, ...]`.
+    """
+
+    copies: tuple[tuple[Callable[[Any], Any], Any], ...]
+    ready: Any
+    used: Any
+
+
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
     """Tiles of keys and values in shared memory, and what says that one is there, or done with.
 
+    Of queries and their gradients, in the kernel that walks those.
     entries: of the keys of steps with a mask, int32 `[stages, 128]`: position << rows | one bit for
     each part of the queries that sees it; without bits, and further than all, where there is no
     such key. entries_ready: of those steps alone.
@@ -84,17 +96,26 @@ class Pipeline:
 
     @classmethod
     def scratch(
-        cls, tile: Tile, lists: BlockLists, dims: tuple[int, int], dtype: Any, segments: bool
+        cls,
+        stages: int,
+        lists: BlockLists,
+        dims: tuple[int, int],
+        dtype: Any,
+        segments: bool,
+        numbers: int = 0,
     ) -> tuple[Any, ...]:
-        copies = lists.group * (2 if segments else 1)
-        entries_ready = mgpu.Barrier(num_arrivals=1, num_barriers=tile.num_stages)
-        key_ready = mgpu.Barrier(num_arrivals=copies, num_barriers=tile.num_stages)
-        ready = mgpu.Barrier(num_arrivals=lists.group, num_barriers=tile.num_stages)
-        used = mgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=tile.num_stages)
-        tiles = [shared((tile.num_stages, tile.block_kv, dim), dtype) for dim in dims]
-        ids = [mgpu.SMEM((tile.num_stages, tile.block_kv), jnp.int32)] * segments
-        entries = mgpu.SMEM((tile.num_stages, _LANES), jnp.int32)
-        return *tiles, entries, entries_ready, key_ready, ready, used, used, *ids
+        """numbers: arrays of one number a token that come with each of the two."""
+        group, tokens = lists.group, lists.group * lists.unit
+        entries_ready = mgpu.Barrier(num_arrivals=1, num_barriers=stages)
+        key_ready, value_ready = (
+            mgpu.Barrier(num_arrivals=group * copies, num_barriers=stages)
+            for copies in (1 + numbers + segments, 1 + numbers)
+        )
+        used = mgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)
+        tiles = [shared((stages, tokens, dim), dtype) for dim in dims]
+        ids = [mgpu.SMEM((stages, tokens), jnp.int32)] * segments
+        entries = mgpu.SMEM((stages, _LANES), jnp.int32)
+        return *tiles, entries, entries_ready, key_ready, value_ready, used, used, *ids
 
     @property
     def stages(self) -> int:
@@ -142,45 +163,40 @@ class Pipeline:
         self.entries[slot] = entries
         mgpu.barrier_arrive(self.entries_ready.at[slot])
 
-    def feed(self, task: Task, refs: KeyRefs, group: int, step: Any, all_masked: bool) -> Any:
+    def feed(
+        self, steps: Steps, sides: tuple[Side, Side], step: Any, part: Literal["masked", "plain"],
+        everything: bool = False, origin: int = 0,
+    ) -> Any:  # fmt: skip
         """Fetches what a tile takes, as soon as there is room. Returns the next step.
 
-        all_masked: whether the tile takes every step as one with a mask.
+        part: of the steps. everything: all of them have a mask. origin: position of row 0.
         """
-        kv_head, size = lax.div(task.head, i32(group)), self.lists.unit
-        sides = (
-            (refs.key, self.key, self.key_ready, self.key_used),
-            (refs.value, self.value, self.value_ready, self.value_used),
-        )
+        size = self.lists.unit
 
-        def fetch(at: At, step: Any, masked: bool) -> Any:
+        def fetch(at: At, step: Any) -> Any:
             slot = lax.rem(step, i32(self.stages))
             units = [at(place) for place in range(self.lists.group)]
-            for source, target, ready, used in sides:
+            for side in sides:
 
                 @pl.when(step >= i32(self.stages))
-                def _(used: Any = used) -> None:
+                def _(used: Any = side.used) -> None:
                     mgpu.barrier_wait(used.at[slot])
 
-                if source is refs.key and masked:
+                if side is sides[0] and part == "masked":
                     self._write_down(slot, units)
                 for place, (unit, _, _) in enumerate(units):
-                    tokens = pl.ds(unit * i32(size), size)
+                    first = unit * i32(size)
+                    tokens = pl.ds(first - i32(origin) if origin else first, size)
                     rows = pl.ds(place * size, size)
-                    mgpu.copy_gmem_to_smem(
-                        source.at[task.batch, tokens, kv_head],
-                        target.at[slot, rows],
-                        ready.at[slot],
-                    )
-                    if source is refs.key and refs.ids is not None:
+                    for source, target in side.copies:
                         mgpu.copy_gmem_to_smem(
-                            refs.ids.at[task.batch, tokens], self.ids.at[slot, rows], ready.at[slot]
+                            source(tokens), target.at[slot, rows], side.ready.at[slot]
                         )
             return step + i32(1)
 
-        masked, plain = (functools.partial(fetch, masked=masked) for masked in (True, False))
-        step = task.steps.visit_masked(masked, step, everything=all_masked)
-        return step if all_masked else task.steps.visit_plain(plain, step)
+        if part == "masked":
+            return steps.visit_masked(fetch, step, everything=everything)
+        return steps.visit_plain(fetch, step)
 
 
 class KeyRefs(NamedTuple):
@@ -208,5 +224,25 @@ class Fetcher:
         task = self.schedule.task(round_)
         steps = task.steps.number(everything=all_masked)
         self.notes.write(number, Told(task.place, *steps))
-        group = self.schedule.heads // self.keys.key.shape[2]
-        return self.pipeline.feed(task, self.keys, group, step, all_masked)
+        sides = self._sides(task)
+        step = self.pipeline.feed(task.steps, sides, step, "masked", everything=all_masked)
+        if all_masked:
+            return step
+        return self.pipeline.feed(task.steps, sides, step, "plain")
+
+    def _sides(self, task: Task) -> tuple[Side, Side]:
+        keys, pipeline = self.keys, self.pipeline
+        kv_head = lax.div(task.head, i32(self.schedule.heads // keys.key.shape[2]))
+
+        def of_head(source: Any) -> Callable[[Any], Any]:
+            return lambda tokens: source.at[task.batch, tokens, kv_head]
+
+        copies = [(of_head(keys.key), pipeline.key)]
+        if keys.ids is not None:
+            copies.append((lambda tokens: keys.ids.at[task.batch, tokens], pipeline.ids))
+        return (
+            Side(tuple(copies), pipeline.key_ready, pipeline.key_used),
+            Side(
+                ((of_head(keys.value), pipeline.value),), pipeline.value_ready, pipeline.value_used
+            ),
+        )

@@ -18,12 +18,12 @@ from pallas_kernels.call import Arrays, Settings
 from pallas_kernels.call import operands as call_operands
 from pallas_kernels.lowering import multiprocessors
 from pallas_kernels.tiles import MOSAIC_ROWS
-from pallas_kernels.walk import Run, Span, clip
+from pallas_kernels.walk import NO_SPAN, Run, Span, clip
 
 WARPGROUPS = 2  # that multiply
 ROWS = 64  # queries of a warpgroup
 LAYOUT = mgpu.Layout.WGMMA  # how a warpgroup's registers hold what it multiplies
-_FAR = 1 << 30  # tokens, more than there are
+FAR = 1 << 30  # tokens, more than there are
 PROGRAM = "s2_program"  # beside a mesh's own axes
 
 
@@ -132,35 +132,48 @@ class Steps:
 
 
 def operands(settings: Settings, lists: BlockLists, arrays: Arrays, list_arrays: Arrays) -> Arrays:
-    """As `call.operands`; where there are `spans`, with what they leave of the runs."""
+    """As `call.operands`; where there are spans, those of each row of the lists, int32
+    `[batch, rows, 4]`, and what they leave of the runs.
+    """
     named = call_operands(settings, lists, arrays, list_arrays)
     if "spans" in named:
-        named["clipped"] = _clipped_runs(settings, lists, named)
+        named["spans"] = spans = _spans_of_rows(settings, lists, named)
+        named["clipped"] = _clipped_runs(lists, named, spans)
     return named
 
 
-def _clipped_runs(settings: Settings, lists: BlockLists, named: Arrays) -> jax.Array:
+def _spans_of_rows(settings: Settings, lists: BlockLists, named: Arrays) -> jax.Array:
+    if lists.holds_queries:
+        assert settings.query_offset is not None
+        return named["spans"][:, named["order"].reshape(-1) - settings.query_offset // MOSAIC_ROWS]
+    parts = named["order"].reshape(-1, lists.rows)
+    spans = named["spans"][:, jnp.maximum(parts, 0)]
+    spans = jnp.where((parts >= 0)[..., None], spans, np.stack(NO_SPAN))
+    ends = [spans[..., end] for end in range(4)]
+    reduce = (jnp.min, jnp.max, jnp.max, jnp.min)  # outer start and stop, inner ones
+    joined = [join(end, axis=-1) for join, end in zip(reduce, ends, strict=True)]
+    return jnp.stack(joined, axis=-1)
+
+
+def _clipped_runs(lists: BlockLists, named: Arrays, spans: jax.Array) -> jax.Array:
     """What `spans` leaves of each run, int32 `[batch, runs, 5]`, for a program to read.
 
     First unit, step, the tile at which a gap begins, its tiles (those that need no mask), and the
     tiles of the rest. To clip a run takes divisions, and the warpgroup that fetches would do them
     with the others waiting for it.
     """
-    assert settings.query_offset is not None
-    first_tile = settings.query_offset // MOSAIC_ROWS
-    runs, rows = named["runs"], named["order"].size
+    runs = named["runs"]
     index = jnp.arange(runs.shape[0], dtype=jnp.int32)
     row = jnp.searchsorted(named["run_start"], index, side="right", method="scan_unrolled") - 1
-    place = named["order"].reshape(-1)[jnp.minimum(row, rows - 1)]
     run = Run(runs[:, 0], runs[:, 1] >> COUNT_BITS, runs[:, 1] & MAX_COUNT)
 
     def of_entry(spans: jax.Array) -> jax.Array:
-        span = Span(*spans[place - first_tile].T)
+        span = Span(*spans[jnp.minimum(row, spans.shape[0] - 1)].T)
         inner, outer = (clip(run, span, part, lists.group) for part in ("inner", "outer"))
         words = outer.first, run.step, outer.gap_at, inner.tiles, outer.tiles
         return jnp.stack(words, axis=-1)
 
-    return jax.vmap(of_entry)(named["spans"])
+    return jax.vmap(of_entry)(spans)
 
 
 class Task(NamedTuple):
@@ -200,6 +213,14 @@ class Schedule:
     q_len: int
     kv_len: int
 
+    @classmethod
+    def of(cls, settings: Settings, lists: BlockLists, arrays: Arrays) -> Schedule:
+        batch, q_len, heads, _ = arrays["query"].shape
+        return cls({}, settings, lists, heads, batch, q_len, arrays["key"].shape[1])
+
+    def reading(self, refs: dict[str, Any]) -> Schedule:
+        return dataclasses.replace(self, refs=refs)
+
     @property
     def tiles(self) -> int:
         return self.lists.num_tiles * self.heads * self.batch
@@ -229,10 +250,7 @@ class Schedule:
         place = self.refs["order"][pattern, rank]
         row, matters = pattern * i32(self.lists.num_tiles) + rank, None
         if "spans" in self.refs:
-            assert self.settings.query_offset is not None
-            index = place - i32(self.settings.query_offset // MOSAIC_ROWS)
-            spans = self.refs["spans"]
-            matters = spans[batch, index, i32(0)], spans[batch, index, i32(1)]
+            matters = tuple(self.refs["spans"][batch, row, i32(end)] for end in range(2))
         return Task(batch, head, place, Steps(self.refs, self.lists, batch, row, matters))
 
     def tile(self, round_: Any, told: Told) -> QueryTile:
@@ -302,7 +320,7 @@ class QueryTile:
             return of_rows(positions << lists.rows)
 
         # Mosaic finds no layout where all rows have the same end.
-        end = limit(own + (i32(1) if self.settings.causal else i32(_FAR)))
+        end = limit(own + (i32(1) if self.settings.causal else i32(FAR)))
         part = MOSAIC_ROWS // lists.rows
         if part >= ROWS:  # one number a key says it for all rows
             listed = (keys >> lax.div(warpgroup * i32(ROWS), i32(part))) & 1
@@ -311,7 +329,7 @@ class QueryTile:
             bit = jnp.left_shift(1, lax.div(row + warpgroup * i32(ROWS), i32(part)))
             mask = ((of_keys(keys) & of_rows(bit)) != 0) & (of_keys(keys) < end)
         if window is not None:
-            size = i32(min(window.size, _FAR))
+            size = i32(min(window.size, FAR))
             near = of_keys(keys) >= limit(own - size + i32(1))
             if not self.settings.causal:
                 near &= of_keys(keys) < limit(own + size)
@@ -330,7 +348,8 @@ class QueryTile:
 
 def shared(shape: tuple[int, ...], dtype: Any) -> Any:
     """Shared memory laid out for the tensor cores."""
-    transforms = (mgpu.TilingTransform((8, 64)), mgpu.SwizzleTransform(128))
+    columns = 128 // jnp.dtype(dtype).itemsize
+    transforms = (mgpu.TilingTransform((8, columns)), mgpu.SwizzleTransform(128))
     return mgpu.SMEM(shape, dtype, transforms=transforms)
 
 

@@ -14,10 +14,7 @@ from jax import lax
 from pallas_kernels.call import Grid, Settings
 from pallas_kernels.masks import TileMask
 from pallas_kernels.rows import load_scalars
-from pallas_kernels.walk import ListMeta, Span
-
-# A span that adds nothing to that of other parts: start, stop, inner start, inner stop.
-_NOTHING = (np.int32(2**30), np.int32(0), np.int32(0), np.int32(2**30))
+from pallas_kernels.walk import NO_SPAN, ListMeta, Span
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +77,7 @@ class Program:
         for part in parts:
             span = self.span(jnp.maximum(part, 0))
             assert span is not None
-            ends.append([jnp.where(part >= 0, *pair) for pair in zip(span, _NOTHING, strict=True)])
+            ends.append([jnp.where(part >= 0, *pair) for pair in zip(span, NO_SPAN, strict=True)])
         join = (jnp.minimum, jnp.maximum, jnp.maximum, jnp.minimum)
         return Span(*(functools.reduce(f, end) for f, end in zip(join, zip(*ends), strict=True)))
 

@@ -6,7 +6,8 @@ import dataclasses
 from typing import Literal
 
 TILE_SIZES = (16, 32, 64, 128)
-MOSAIC_ROWS = 128  # queries of a program that Mosaic lowers
+MOSAIC_ROWS = 128  # queries, or keys of dk/dv, of a program that Mosaic lowers
+LEAST_MOSAIC_QUERIES = 32  # of a block, for dk/dv: copies of fewer numbers would not be aligned
 _HOPPER_SHARED_BYTES = 227 << 10  # of a program
 
 
@@ -68,26 +69,32 @@ class TileConfig:
             raise ValueError(
                 f"unroll={self.dkv.unroll!r} of dkv must be 1: its loop is not unrolled"
             )
-        if self.dkv.lowering != "triton":
-            raise ValueError("lowering of dkv must be 'triton': Mosaic has no such kernel yet")
+        keys = MOSAIC_ROWS, MOSAIC_ROWS
+        if self.dkv.lowering == "mosaic" and (self.dkv.block_q, self.dkv.block_kv) != keys:
+            raise ValueError(f"dkv of lowering='mosaic' has block_kv={MOSAIC_ROWS}, got {self.dkv}")
 
     def check_mosaic_memory(self, dim: int, segments: bool) -> None:
         """Raises ValueError where a kernel that Mosaic lowers would need more than there is."""
-        # Rows of queries, of their gradients and of results that are in shared memory at a time,
-        # and what else there is: numbers of a token, notes, flags, what the compiler reserves.
-        kernels = (("forward", self.forward, 2, 6208), ("dq", self.dq, 3, 3120))
+        # Rows of the fixed axis that are in shared memory at a time, of the walked one a stage, and
+        # what else there is: numbers of a token, notes, flags, what the compiler reserves.
+        kernels = (
+            ("forward", self.forward, 2 * MOSAIC_ROWS, self.forward.block_kv, 6208),
+            ("dq", self.dq, 3 * MOSAIC_ROWS, self.dq.block_kv, 3120),
+            ("dkv", self.dkv, 2 * MOSAIC_ROWS, self.dkv.block_q, 2304 + (16 << 10)),
+        )
 
         def whole(size: int) -> int:
             return -(-size // 1024) * 1024
 
-        for name, tile, arrays, others in kernels:
+        for name, tile, fixed, walked, others in kernels:
             if tile.lowering != "mosaic":
                 continue
-            rows = 2 * tile.num_stages * tile.block_kv + arrays * MOSAIC_ROWS
-            needed = 2 * dim * rows + others + 40 * tile.num_stages  # barriers
-            needed += whole(512 * tile.num_stages)  # entries of the lists
+            needed = 2 * dim * (2 * tile.num_stages * walked + fixed) + others
+            needed += 40 * tile.num_stages + whole(512 * tile.num_stages)  # barriers, entries
+            if name == "dkv":
+                needed += 2 * whole(512 * tile.num_stages)  # a number a query
             if segments:
-                needed += 1024 + whole(4 * tile.num_stages * tile.block_kv)
+                needed += 1024 + whole(4 * tile.num_stages * walked)
             if needed > _HOPPER_SHARED_BYTES:
                 raise ValueError(
                     f"num_stages={tile.num_stages} of tiles.{name} are too many: with "
@@ -99,7 +106,7 @@ class TileConfig:
     @property
     def mosaic(self) -> bool:
         """Whether any kernel is lowered by Mosaic."""
-        return "mosaic" in (self.forward.lowering, self.dq.lowering)
+        return "mosaic" in (self.forward.lowering, self.dq.lowering, self.dkv.lowering)
 
 
 def pick_tiles(
@@ -145,6 +152,8 @@ def pick_tiles(
             forward=Tile(128, *((64, 8, 4) if cut_short else (128, 8, 2)), lowering="mosaic"),
             dq=Tile(128, 64, 8, 3, lowering="mosaic"),
         )
+        if gathers and block_size >= LEAST_MOSAIC_QUERIES:
+            return dataclasses.replace(tiles, dkv=Tile(128, 128, 8, 2, lowering="mosaic"))
     if gathers:
         return tiles
     dkv = dataclasses.replace(tiles.dkv, block_kv=min(tiles.dkv.block_kv, block_size))

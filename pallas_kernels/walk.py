@@ -53,10 +53,14 @@ class ListMeta:
 class Span(NamedTuple):
     """Units start <= u < stop matter; those of inner <= u < inner_stop need no mask."""
 
-    start: jax.Array
-    stop: jax.Array
-    inner: jax.Array
-    inner_stop: jax.Array
+    start: Any
+    stop: Any
+    inner: Any
+    inner_stop: Any
+
+
+NO_SPAN = Span(*(np.int32(end) for end in (2**30, 0, 0, 2**30)))
+"""One that adds nothing where several are joined."""
 
 
 class Turn(NamedTuple):

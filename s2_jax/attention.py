@@ -16,7 +16,7 @@ from pallas_kernels import lowering
 from pallas_kernels.attention import Portable, block_sparse_attention
 from pallas_kernels.call import Settings
 from pallas_kernels.explicit import explicit_axes, explicit_spec, is_split
-from pallas_kernels.tiles import MOSAIC_ROWS, TileConfig, pick_tiles
+from pallas_kernels.tiles import LEAST_MOSAIC_QUERIES, MOSAIC_ROWS, TileConfig, pick_tiles
 from pallas_kernels.tokens import Tokens
 from s2_jax.checks import Call, check_call, check_implementation
 from s2_jax.cudnn import check_cudnn, cudnn_attention
@@ -73,8 +73,8 @@ def s2_attention(
         computes what its heads compute in the whole. Query and key/value heads must both be split.
       return_lse: also return the natural-log log-sum-exp of each query's scores.
       implementation: None takes the kernels where the call is lowered for an NVIDIA GPU and the
-        reference elsewhere; "triton" the kernels that Triton lowers; "mosaic" with forward and dq
-        for Hopper (H100, H200) lowered by Mosaic GPU, which None also takes where it can;
+        reference elsewhere; "triton" the kernels that Triton lowers; "mosaic" those for
+        Hopper (H100, H200) that Mosaic GPU lowers, which None also takes where it can;
         "jax_triton" those of Triton compiled by the official one instead of XLA's
         (`pip install s2-jax[triton]`); "interpret" the same in
         Pallas' interpreter, on any machine; "reference" plain jnp; "cudnn" cuDNN's attention, for
@@ -290,6 +290,12 @@ def _check_mosaic(call: Call, tiles: TileConfig | None = None, interpreted: bool
             f"{what} {missing}; implementation=None without tiles takes them where they can"
         )
     if tiles is not None:
+        size = call.pattern.block_size
+        if tiles.dkv.lowering == "mosaic" and size < LEAST_MOSAIC_QUERIES:
+            raise NotImplementedError(
+                f"tiles.dkv of lowering='mosaic' takes blocks of {LEAST_MOSAIC_QUERIES} tokens or "
+                f"more, got {size}"
+            )
         tiles.check_mosaic_memory(call.query.shape[-1], call.segment_ids is not None)
 
 

@@ -131,6 +131,8 @@ def mosaic_calls(draw) -> AttentionCall:
         for keys, stages in draw(st.sampled_from([((64, 4), (64, 3)), ((128, 2), (64, 2))]))
     )
 
+    dkv = Tile(128, 128, 8, 2, lowering="mosaic") if size > 16 else Tile(64, 64, 4, 1)
+
     def lengths(limit: int) -> tuple[int, ...] | None:
         return draw(st.none() | st.tuples(*[st.integers(0, limit)] * batch))
 
@@ -143,5 +145,5 @@ def mosaic_calls(draw) -> AttentionCall:
         segments=draw(st.sampled_from([None, None, *(SEGMENTS if size > 16 else ())])),
         query_lengths=lengths(q_len), kv_lengths=lengths(kv_len),
         scale=draw(st.sampled_from([None, None, 6.0])),
-        tiles=TileConfig(forward, dq, Tile(64, 64, 4, 1)), seed=draw(st.integers(0, 99)),
+        tiles=TileConfig(forward, dq, dkv), seed=draw(st.integers(0, 99)),
     )  # fmt: skip

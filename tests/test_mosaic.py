@@ -118,6 +118,9 @@ CALLS = {
     "many-blocks": dataclasses.replace(
         BASE, pattern=s2_jax.local_stride(3, 5), q_len=3000, kv_len=3000, heads=5, kv_heads=1
     ),
+    # The heads of a group in several programs each, whose sums are added up.
+    "one-group": dataclasses.replace(BASE, heads=8, kv_heads=1, head_dim=128),
+    "one-group-packed": dataclasses.replace(BASE, heads=8, kv_heads=1, segments="packed"),
     # As in test_pinned_peak.py: weights leave what the pinned peak is good for.
     "beyond-the-peak": dataclasses.replace(BASE, scale=12.0, q_len=1112, kv_len=1112),
     "beyond-the-peak-float16": dataclasses.replace(
@@ -154,8 +157,8 @@ def test_drawn_calls_agree_with_the_oracle(call):
 @pytest.mark.parametrize("block_kv", [64, 128])
 def test_other_tiles_agree_with_the_oracle(block_kv):
     tile = Tile(128, block_kv, 8, 3 if block_kv == 64 else 2, lowering="mosaic")
-    tiles = TileConfig(tile, tile, PLAIN)
-    call = dataclasses.replace(BASE, head_dim=64, tiles=tiles)
+    dkv = Tile(128, 128, 8, block_kv // 32 + 1, lowering="mosaic")
+    call = dataclasses.replace(BASE, head_dim=64, tiles=TileConfig(tile, tile, dkv))
     check(call, "mosaic")
 
 

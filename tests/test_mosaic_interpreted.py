@@ -20,10 +20,11 @@ TILES, WIDE = (
     TileConfig(
         Tile(128, keys, 8, 2, lowering="mosaic"),
         Tile(128, 64, 8, 3, lowering="mosaic"),
-        Tile(64, 64, 4, 1),
+        Tile(128, 128, 8, 2, lowering="mosaic"),
     )
     for keys in (64, 128)
 )
+TRITON_DKV = dataclasses.replace(WIDE, dkv=Tile(64, 64, 4, 1))
 BASE = AttentionCall(
     s2_jax.local_stride(1, 2), q_len=264, kv_len=264, heads=2, kv_heads=1, head_dim=64,
     dtype="bfloat16", tiles=TILES,
@@ -42,8 +43,18 @@ CALLS = {
         BASE, pattern=s2_jax.vertical_stride(2), heads=2, kv_heads=2
     ),
     "blocks-of-16": dataclasses.replace(
-        BASE, pattern=s2_jax.local_stride(9, 3, block_size=16), tiles=WIDE, q_len=200, kv_len=200
+        BASE,
+        pattern=s2_jax.local_stride(9, 3, block_size=16),
+        tiles=TRITON_DKV,
+        q_len=200,
+        kv_len=200,
     ),
+    "blocks-of-32": dataclasses.replace(
+        BASE, pattern=s2_jax.local_stride(5, 3, block_size=32), q_len=520, kv_len=520
+    ),
+    "blocks-of-128": dataclasses.replace(BASE, pattern=s2_jax.local_stride(1, 2, block_size=128)),
+    # The heads of a group in several programs.
+    "one-group": dataclasses.replace(BASE, heads=4, kv_heads=1, q_len=136, kv_len=136),
     "window": dataclasses.replace(BASE, window=100, window_joins="&"),
     "packed": dataclasses.replace(BASE, segments="packed", pattern=s2_jax.dense()),
     "padded": dataclasses.replace(

@@ -1,0 +1,408 @@
+"""The dk/dv kernel on Hopper: see hopper.py.
+
+A program has 128 keys of a head, 64 a warpgroup, and takes 128 queries a step. Its sums fill more
+than half of the registers, and ptxas waits for each product by itself where the rest does not do:
+weights are kept as what the products take, gradients of scores made for half of the queries at a
+time, and masks in a branch of the one loop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.mosaic.gpu import FragmentedArray
+from jax.experimental.pallas import mosaic_gpu as mgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm, vector
+
+from pallas_kernels import hopper
+from pallas_kernels.block_lists import BlockLists
+from pallas_kernels.call import Arrays, Settings
+from pallas_kernels.hopper_keys import KeySchedule, KeyTile
+from pallas_kernels.hopper_pipeline import Notes, Pipeline, Side
+from pallas_kernels.hopper_tiles import (
+    LAYOUT,
+    ROWS,
+    WARPGROUPS,
+    Told,
+    i32,
+    load_numbers,
+    operands,
+    shared,
+)
+from pallas_kernels.tiles import MOSAIC_ROWS, Tile
+
+_HALVES = 2  # of the queries of a step
+_COLUMNS = 32  # of sums in float32 that are stored at a time
+
+
+def dkv(
+    settings: Settings,
+    arrays: Arrays,
+    list_arrays: Arrays,
+    out_shape: list[jax.ShapeDtypeStruct],
+) -> Sequence[jax.Array]:
+    """As `backward._dkv`."""
+    query, grad_out = hopper.queries_that_count(arrays)
+    key, value = (hopper.in_eights(arrays[name]) for name in ("key", "value"))
+    ids, lists = hopper.segment_ids(arrays), settings.layouts.dkv()
+    scratch = Scratch.of(
+        settings.tiles.dkv, lists, (key.shape[-1], value.shape[-1]), key.dtype,
+        out_shape[0].dtype, len(ids) > 0,
+    )  # fmt: skip
+    lse, delta = hopper.padded(arrays["lse"], jnp.inf), hopper.padded(arrays["delta"], 0.0)
+    (batch, kv_len, sums, _), kv_heads = out_shape[0].shape, key.shape[2]
+    grads = hopper.call(
+        "s2_attention_dkv", _compute, _fetch,
+        KeySchedule.of(settings, lists, arrays, sums // kv_heads),
+        (query, key, value, grad_out, lse, delta, *ids),
+        operands(settings, lists, arrays, list_arrays),
+        [
+            jax.ShapeDtypeStruct((batch, key.shape[1], *out.shape[2:]), out.dtype)
+            for out in out_shape
+        ],
+        scratch,
+    )  # fmt: skip
+    return [grad[:, :kv_len] for grad in grads]
+
+
+class Refs(NamedTuple):
+    """Operands and results. ids: of queries and of keys, or nothing."""
+
+    query: Any
+    key: Any
+    value: Any
+    grad_out: Any
+    lse: Any
+    delta: Any
+    ids: tuple[Any, ...]
+    grad_key: Any
+    grad_value: Any
+
+    @classmethod
+    def of(cls, refs: tuple[Any, ...]) -> Refs:
+        query, key, value, grad_out, lse, delta, *ids, grad_key, grad_value = refs
+        return cls(query, key, value, grad_out, lse, delta, tuple(ids), grad_key, grad_value)
+
+
+class Keys(NamedTuple):
+    """A program's keys in shared memory, `[64, ...]` of each warpgroup, or what becomes of them.
+
+    positions: int32, as `KeyTile.positions`. ids: of segments; None where there are none. columns:
+    some of the sums in float32, where those of a head are in several; otherwise None.
+    """
+
+    key: Any
+    value: Any
+    positions: Any
+    ids: Any
+    columns: Any
+
+
+class Scratch(NamedTuple):
+    """ready: the keys of each warpgroup. lse, delta: of the queries of each stage."""
+
+    keys: Keys
+    ready: Any
+    notes: Any
+    stages: Any
+    lse: Any
+    delta: Any
+
+    @classmethod
+    def of(
+        cls, tile: Tile, lists: BlockLists, dims: tuple[int, int], dtype: Any, out_dtype: Any,
+        segments: bool,
+    ) -> Scratch:  # fmt: skip
+        key, value = (shared((WARPGROUPS, ROWS, dim), dtype) for dim in dims)
+        columns = shared((WARPGROUPS, ROWS, _COLUMNS), out_dtype) if out_dtype != dtype else None
+        positions = mgpu.SMEM((MOSAIC_ROWS,), jnp.int32)
+        ids = mgpu.SMEM((WARPGROUPS, ROWS), jnp.int32) if segments else None
+        pieces = max(1, ROWS * lists.rows // lists.fixed_tile)
+        numbers = mgpu.SMEM((tile.num_stages, tile.block_q), jnp.float32)
+        return cls(
+            Keys(key, value, positions, ids, columns),
+            mgpu.Barrier(num_arrivals=pieces * (2 + segments), num_barriers=WARPGROUPS),
+            Notes.scratch(),
+            Pipeline.scratch(tile.num_stages, lists, dims, dtype, segments, numbers=1),
+            numbers,
+            numbers,
+        )
+
+
+def _fetch(schedule: KeySchedule, refs: tuple[Any, ...], scratch: Scratch) -> None:
+    tile, found = schedule.tile(), Refs.of(refs)
+    pipeline = Pipeline(schedule.lists, *scratch.stages)
+    scratch.keys.positions[...] = tile.positions()
+
+    def of_group(body: Callable[[Any, Any], Any], state: Any) -> Any:
+        return lax.fori_loop(i32(0), i32(tile.members), body, state)
+
+    def count(member: Any, totals: tuple[Any, Any]) -> tuple[Any, Any]:
+        masked, plain = tile.steps(member).number(everything=False)
+        return totals[0] + masked, totals[1] + plain
+
+    Notes(*scratch.notes).write(i32(0), Told(i32(0), *of_group(count, (i32(0), i32(0)))))
+
+    def sides(member: Any) -> tuple[Side, Side]:
+        head, batch = tile.head(member), tile.batch
+
+        def rows(source: Any) -> Callable[[Any], Any]:
+            return lambda tokens: source.at[batch, tokens, head]
+
+        def numbers(source: Any) -> Callable[[Any], Any]:
+            return lambda tokens: source.at[batch, head, tokens]
+
+        queries = [(rows(found.query), pipeline.key), (numbers(found.lse), scratch.lse)]
+        if found.ids:
+            queries.append((lambda tokens: found.ids[0].at[batch, tokens], pipeline.ids))
+        grads = (rows(found.grad_out), pipeline.value), (numbers(found.delta), scratch.delta)
+        return (
+            Side(tuple(queries), pipeline.key_ready, pipeline.key_used),
+            Side(grads, pipeline.value_ready, pipeline.value_used),
+        )
+
+    origin, step = schedule.settings.query_offset, i32(0)
+    assert origin is not None
+    for part in ("masked", "plain"):
+
+        def feed(member: Any, step: Any, part: Any = part) -> Any:
+            return pipeline.feed(tile.steps(member), sides(member), step, part, origin=origin)
+
+        step = of_group(feed, step)
+
+
+def _compute(
+    schedule: KeySchedule, refs: tuple[Any, ...], scratch: Scratch, warpgroup: Any
+) -> None:
+    Multiplier(
+        schedule.tile(),
+        warpgroup,
+        Refs.of(refs),
+        scratch,
+        Pipeline(schedule.lists, *scratch.stages),
+    ).run()
+
+
+@dataclasses.dataclass(frozen=True)
+class Multiplier:
+    """A warpgroup that multiplies."""
+
+    tile: KeyTile
+    warpgroup: Any
+    refs: Refs
+    scratch: Scratch
+    pipeline: Pipeline
+
+    def run(self) -> None:
+        self._load()
+        told = Notes(*self.scratch.notes).take(i32(0))
+        mgpu.barrier_wait(self.scratch.ready.at[self.warpgroup])
+        dims = (ref.shape[-1] for ref in (self.refs.key, self.refs.value))
+        state = i32(0), *(hopper.zeros(dim) for dim in dims)
+        add = functools.partial(self._add, told.masked)
+        _, grad_key, grad_value = lax.fori_loop(i32(0), told.masked + told.plain, add, state)
+        self._store(grad_key * self.tile.settings.scale, grad_value)
+
+    def _load(self) -> None:
+        keys, ready = self.scratch.keys, self.scratch.ready.at[self.warpgroup]
+        batch, head = self.tile.batch, self.tile.kv_head
+        for piece in self.tile.pieces(self.warpgroup):
+            tokens = pl.ds(jnp.maximum(piece.position, i32(0)), piece.size)
+            copies = [
+                (self.refs.key.at[batch, tokens, head], keys.key),
+                (self.refs.value.at[batch, tokens, head], keys.value),
+            ]
+            if self.refs.ids:
+                copies.append((self.refs.ids[1].at[batch, tokens], keys.ids))
+            for source, target in copies:
+                rows = target.at[self.warpgroup, pl.ds(piece.place, piece.size)]
+                mgpu.copy_gmem_to_smem(source, rows, ready)
+
+    def _store(self, *grads: jax.Array) -> None:
+        keys, refs = self.scratch.keys, (self.refs.grad_key, self.refs.grad_value)
+        if "kv_length" in self.tile.refs:
+            beyond = self._positions() >= self.tile.refs["kv_length"][self.tile.batch]
+            grads = tuple(hopper.blank(grad, beyond) for grad in grads)
+        if keys.columns is None:
+            for buffer, grad in zip((keys.key, keys.value), grads, strict=True):
+                buffer.at[self.warpgroup][...] = grad.astype(buffer.dtype)
+            mgpu.commit_smem()
+            for buffer, ref in zip((keys.key, keys.value), refs, strict=True):
+                self._copy(buffer, ref, 0)
+            mgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            return
+        for grad, ref in zip(grads, refs, strict=True):
+            for start in range(0, grad.shape[1], _COLUMNS):
+                keys.columns.at[self.warpgroup][...] = grad[:, start : start + _COLUMNS]
+                mgpu.commit_smem()
+                self._copy(keys.columns, ref, start)
+                mgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    def _copy(self, buffer: Any, ref: Any, first: int) -> None:
+        """Columns of a gradient, from one on, to where they belong."""
+        columns = pl.ds(first, buffer.shape[-1])
+        for piece in self.tile.pieces(self.warpgroup):
+
+            @pl.when(piece.position >= i32(0))
+            def _(piece: Any = piece) -> None:
+                tokens = pl.ds(piece.position, piece.size)
+                target = ref.at[self.tile.batch, tokens, self.tile.sums, columns]
+                rows = self.warpgroup, pl.ds(piece.place, piece.size)
+                mgpu.copy_smem_to_gmem(buffer.at[rows], target)
+
+    def _positions(self) -> jax.Array:
+        mine = pl.ds(self.warpgroup * i32(ROWS), ROWS)
+        return load_numbers(self.scratch.keys.positions.at[mine], axis=0)
+
+    def _add(
+        self, masked: Any, number: Any, state: tuple[Any, jax.Array, jax.Array]
+    ) -> tuple[Any, jax.Array, jax.Array]:
+        """Takes in the queries of a stage. masked: how many steps have a mask, the first ones."""
+        pipeline, (slot, *sums) = self.pipeline, state
+        # What addresses of keys are made of seems new in each turn. Otherwise all of them, which no
+        # turn changes, are kept in registers.
+        mine = lax.optimization_barrier(self.warpgroup)
+        mgpu.barrier_wait(pipeline.key_ready.at[slot])
+        key, value = self.scratch.keys.key.at[mine], self.scratch.keys.value.at[mine]
+
+        def multiply(products: Any) -> jax.Array:
+            mgpu.wgmma(products, key, pipeline.key.at[slot].transpose((1, 0)))
+            return products[...]
+
+        queries = pipeline.key.shape[1]
+        scores = pl.run_scoped(multiply, mgpu.ACC((ROWS, queries), jnp.float32))
+        blank = functools.partial(self._blank, slot, mine)
+        scores = lax.cond(number < masked, blank, lambda scores: scores, scores)
+        weights = self._weights(slot, scores)
+        mgpu.barrier_wait(pipeline.value_ready.at[slot])
+        sums = self._accumulate(slot, value, weights, sums)
+        mgpu.barrier_arrive(pipeline.value_used.at[slot])
+        mgpu.barrier_arrive(pipeline.key_used.at[slot])
+        return pipeline.after(slot), *sums
+
+    def _blank(self, slot: Any, warpgroup: Any, scores: jax.Array) -> jax.Array:
+        """Scores of a step with a mask."""
+        q_ids, kv_ids = self.pipeline.ids_at(slot), None
+        if q_ids is not None:
+            kv_ids = load_numbers(self.scratch.keys.ids.at[warpgroup], axis=0)
+        entries = self.pipeline.entries_at(slot)
+        mask = self.tile.mask(entries, self._positions(), warpgroup, q_ids, kv_ids)
+        return jnp.where(mask, scores, -jnp.inf)
+
+    def _weights(self, slot: Any, scores: jax.Array) -> list[jax.Array]:
+        """Of each half of the queries. One after the other, for fewer registers."""
+        halves = [scores[:, columns] for columns in _halves(scores.shape[1])]
+        weights: list[jax.Array] = []
+        for number, columns in enumerate(_halves(scores.shape[1])):
+            lse = _numbers(self.scratch.lse, slot, columns, halves[number])
+            exponents = halves[number] * self.tile.settings.exp2.scale - lse
+            weights.append(jnp.exp2(exponents).astype(self.refs.key.dtype))
+            rest = tuple(halves[number + 1 :])
+            weights[-1], *halves[number + 1 :] = lax.optimization_barrier((weights[-1], *rest))
+        return weights
+
+    def _accumulate(
+        self, slot: Any, value: Any, weights: list[jax.Array], sums: list[jax.Array]
+    ) -> list[jax.Array]:
+        """The gradients of keys, not scaled, and of values with those of a stage."""
+        pipeline, settings = self.pipeline, self.tile.settings
+        parts = [pl.ds(c.start, c.stop - c.start) for c in _halves(pipeline.key.shape[1])]
+        interpreted = settings.launcher == "interpret"
+
+        def grad_scores(number: int, add: Callable[[jax.Array, Any], None]) -> jax.Array:
+            """add: products of a register and of shared memory to the gradients of values."""
+            columns, some = _halves(pipeline.key.shape[1])[number], weights[number]
+            grad_out = pipeline.value.at[slot, parts[number]]
+
+            def of_products(products: Any) -> jax.Array:
+                mgpu.wgmma(products, value, grad_out.transpose((1, 0)))
+                add(some, grad_out)
+                grads = mgpu.wgmma_accumulator_load(products, wait_n=0 if interpreted else 1)
+                grads -= _numbers(self.scratch.delta, slot, columns, grads)
+                if interpreted:
+                    return (some.astype(jnp.float32) * grads).astype(some.dtype)
+                return _product(some, grads)
+
+            return pl.run_scoped(of_products, mgpu.ACC((ROWS, some.shape[1]), jnp.float32))
+
+        if interpreted:
+            for number, part in enumerate(parts):
+                grads = grad_scores(number, lambda *_: None)
+                pairs = (grads, pipeline.key), (weights[number], pipeline.value)
+                sums = [
+                    hopper.add_product(settings, one, a, b.at[slot, part])
+                    for one, (a, b) in zip(sums, pairs, strict=True)
+                ]
+            return sums
+
+        def add_all(refs: Any) -> None:
+            grad_key, grad_value = refs
+            for number, part in enumerate(parts):
+                grads = grad_scores(number, functools.partial(mgpu.wgmma, grad_value))
+                mgpu.wgmma(grad_key, grads, pipeline.key.at[slot, part])
+
+        return list(pl.run_state(add_all)(tuple(map(mgpu.ACC.init, sums))))
+
+
+def _halves(queries: int) -> list[slice]:
+    half = queries // _HALVES
+    return [slice(start, start + half) for start in range(0, queries, half)]
+
+
+def _numbers(source: Any, slot: Any, columns: slice, like: jax.Array) -> jax.Array:
+    """A number for each of some queries of a stage, as an array of keys."""
+    at = source.at[slot, pl.ds(columns.start, columns.stop - columns.start)]
+    return lax.broadcast_in_dim(load_numbers(at, axis=1), like.shape, [1])
+
+
+def _product(weights: jax.Array, grads: jax.Array) -> jax.Array:
+    """weights * grads, made in float32, as the type of the weights.
+
+    Two weights stay in the register that they share until their turn comes. As a conversion, ptxas
+    would unpack all of them first, into registers that are not there.
+    """
+    dtype = weights.dtype
+    kind, unpack = {
+        jnp.dtype(jnp.bfloat16): ("bf16x2", "shl.b32 l, $1, 16; and.b32 h, $1, 0xffff0000;"),
+        jnp.dtype(jnp.float16): (
+            "f16x2", "mov.b32 {a, b}, $1; cvt.f32.f16 l, a; cvt.f32.f16 h, b;",
+        ),
+    }[dtype]  # fmt: skip
+    text = (
+        f"{{ .reg .f32 l, h; .reg .b16 a, b; {unpack} mul.f32 l, l, $2; mul.f32 h, h, $3; "
+        f"cvt.rn.{kind}.f32 $0, h, l; }}"
+    )
+
+    @mgpu.inline_mgpu(
+        arg_types=(LAYOUT, LAYOUT),
+        return_type=mgpu.ShapeDtypeStruct(weights.shape, dtype, layout=LAYOUT),
+    )
+    def multiply(_: Any, weights: Any, grads: Any) -> Any:
+        i32_type = ir.IntegerType.get_signless(32)
+        pair = ir.VectorType.get((1,), i32_type)
+        products = np.empty_like(weights.registers)
+
+        def element(register: Any, number: int) -> Any:
+            at = ir.DenseI64ArrayAttr.get([number])
+            return vector.extract(register, dynamic_position=[], static_position=at)
+
+        for place, (two, factors) in enumerate(
+            zip(weights.registers.flat, grads.registers.flat, strict=True)
+        ):
+            word = element(vector.bitcast(pair, two), 0)
+            made: Any = llvm.inline_asm(
+                i32_type, [word, element(factors, 0), element(factors, 1)], text, "=r,r,f,f"
+            )
+            products.flat[place] = vector.bitcast(two.type, vector.broadcast(pair, made))
+        return FragmentedArray(_registers=products, _layout=weights.layout, _is_signed=None)
+
+    return multiply(weights, grads)
