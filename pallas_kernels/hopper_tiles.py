@@ -148,8 +148,7 @@ def _spans_of_rows(settings: Settings, lists: BlockLists, named: Arrays) -> jax.
         return named["spans"][:, named["order"].reshape(-1) - settings.query_offset // MOSAIC_ROWS]
     parts = named["order"].reshape(-1, lists.rows)
     spans = named["spans"][:, jnp.maximum(parts, 0)]
-    spans = jnp.where((parts >= 0)[..., None], spans, np.stack(NO_SPAN))
-    ends = [spans[..., end] for end in range(4)]
+    ends = [jnp.where(parts >= 0, spans[..., i], end) for i, end in enumerate(NO_SPAN)]
     reduce = (jnp.min, jnp.max, jnp.max, jnp.min)  # outer start and stop, inner ones
     joined = [join(end, axis=-1) for join, end in zip(reduce, ends, strict=True)]
     return jnp.stack(joined, axis=-1)

@@ -8,6 +8,7 @@ from typing import Literal
 TILE_SIZES = (16, 32, 64, 128)
 MOSAIC_ROWS = 128  # queries, or keys of dk/dv, of a program that Mosaic lowers
 LEAST_MOSAIC_QUERIES = 32  # of a block, for dk/dv: copies of fewer numbers would not be aligned
+LEAST_MOSAIC_ROWS = {64: 65536, 128: 16384}  # queries of dk/dv, by head dim
 _HOPPER_SHARED_BYTES = 227 << 10  # of a program
 
 
@@ -18,7 +19,7 @@ class Tile:
     num_warps: warps of 32 threads a program. num_stages: depth of the software pipeline. unroll:
     tiles of the walked axis that one turn of the loop takes, so that the exponentials of one can
     hide behind the products of the next. lowering: by which of Pallas' backends; "mosaic" is for
-    Hopper's forward and dq, with 128 queries and 8 warps that compute.
+    Hopper, with 128 queries (for dk/dv also 128 keys) and 8 warps that compute.
     """
 
     block_q: int
@@ -134,7 +135,8 @@ def pick_tiles(
         see. Otherwise it is no larger than a block: it would walk, masked, the queries of all its
         columns for each of them.
       compute_capability: 80, 86, 89, 90, 100, ...
-      mosaic: forward and dq are lowered by Mosaic, which the call has to allow (hopper.py).
+      mosaic: Mosaic lowers forward and dq, and dk/dv where that is faster; the call has to allow it
+        (hopper.py).
     """
     pick = {90: _hopper, 100: _blackwell, 103: _blackwell}.get(compute_capability, _ampere)
     tiles = pick(head_dim, itemsize, min(q_len, 4096) if cut_short else q_len)
@@ -152,8 +154,11 @@ def pick_tiles(
             forward=Tile(128, *((64, 8, 4) if cut_short else (128, 8, 2)), lowering="mosaic"),
             dq=Tile(128, 64, 8, 3, lowering="mosaic"),
         )
-        if gathers and block_size >= LEAST_MOSAIC_QUERIES:
-            return dataclasses.replace(tiles, dkv=Tile(128, 128, 8, 2, lowering="mosaic"))
+        # In shorter rows a program of its dk/dv has too few steps to make up for its start.
+        rows = min(q_len, 4096) if cut_short else q_len
+        if gathers and block_size >= LEAST_MOSAIC_QUERIES and rows >= LEAST_MOSAIC_ROWS[head_dim]:
+            stages = 4 if head_dim == 64 else 2
+            return dataclasses.replace(tiles, dkv=Tile(128, 128, 8, stages, lowering="mosaic"))
     if gathers:
         return tiles
     dkv = dataclasses.replace(tiles.dkv, block_kv=min(tiles.dkv.block_kv, block_size))

@@ -155,10 +155,13 @@ class AttentionCall:
 
     def lowered(self, implementation: str | None) -> str:
         """The same program as StableHLO for CUDA, which takes no GPU."""
+        return self.staged(implementation).lower(lowering_platforms=("cuda",)).as_text()
+
+    def staged(self, implementation: str | None) -> Any:
+        """The same program, traced."""
         arrays = self.inputs(), np.asarray(self.offsets, np.int32), self.masks()
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
-        traced = _program(self.static, self.traced, implementation).trace(*shapes)
-        return traced.lower(lowering_platforms=("cuda",)).as_text()
+        return _program(self.static, self.traced, implementation).trace(*shapes)
 
     def attend(self, implementation: str | None, query, key, value, offset, masks) -> Any:
         return s2_jax.s2_attention(

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 
 import s2_jax
+from pallas_kernels import tiles
 from s2_jax import Tile, TileConfig
 from tests.calls import AttentionCall, assert_padding_reaches_nothing, check
 from tests.draws import mosaic_calls
@@ -130,6 +131,11 @@ CALLS = {
         BASE, pattern=s2_jax.dense(), scale=-12.0, q_len=200, kv_len=840, query_offset=640
     ),
 }
+
+
+@pytest.fixture(autouse=True)
+def dkv_for_short_rows(monkeypatch):
+    monkeypatch.setattr(tiles, "LEAST_MOSAIC_ROWS", {64: 1, 128: 1})
 
 
 def attention(implementation=None, pattern=S2, **options):

@@ -11,7 +11,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from jax.sharding import PartitionSpec as P
 
 import s2_jax
-from pallas_kernels import lowering
+from pallas_kernels import lowering, partition, tiles
 from s2_jax import Tile, TileConfig
 from tests.draws import mosaic_calls
 from tests.test_lowering import A100, H100
@@ -30,6 +30,11 @@ def lowered(attend, shapes, dtype="bfloat16", device=H100, mesh=None):
     with use_abstract_mesh(mesh or AbstractMesh((1,), ("x",), abstract_device=device)):
         run = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
         return run.trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
+
+
+@pytest.fixture(autouse=True)
+def dkv_for_short_rows(monkeypatch):
+    monkeypatch.setattr(tiles, "LEAST_MOSAIC_ROWS", {64: 1, 128: 1})
 
 
 ALL = (3, 0)  # three kernels by Mosaic, none by Triton
@@ -93,6 +98,24 @@ def test_lowered_in_64_bit_mode(name):
 )
 def test_triton_keeps_gradients_of_keys_that_mosaic_has_no_tiles_for(pattern):
     assert kernels_of(lowered(attention(pattern=pattern), SHAPES)) == (2, 1)
+
+
+@needs_mosaic
+def test_triton_keeps_gradients_of_keys_of_short_rows(monkeypatch):
+    monkeypatch.undo()
+    assert kernels_of(lowered(attention(), SHAPES)) == (2, 1)
+    assert kernels_of(lowered(attention(), [(1, 16384, 1, 128)] * 3)) == ALL
+    ids = {"segment_ids": jnp.zeros((1, 16384), jnp.int32)}
+    assert kernels_of(lowered(attention(**ids), [(1, 16384, 1, 128)] * 3)) == (2, 1)
+
+
+@needs_mosaic
+@pytest.mark.parametrize("name", ["packed", "padded", "one-group"])
+def test_traced_where_it_may_be_split(name, monkeypatch):
+    """JAX wants no constant arrays in what it may split over devices."""
+    monkeypatch.setattr(partition, "may_be_split", lambda: True)
+    with use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=H100)):
+        assert "custom_partitioning" in str(CALLS[name].staged("mosaic").jaxpr)
 
 
 @needs_mosaic
