@@ -25,9 +25,12 @@ from pallas_kernels.hopper_tiles import (
     i32,
     load_numbers,
     operands,
+    shared,
     spread,
 )
 from pallas_kernels.tiles import Tile
+
+_COLUMNS = 64  # of gradients that are stored at a time, where wide steps leave no room for more
 
 
 def dq(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Array]:
@@ -93,8 +96,10 @@ class Scratch(NamedTuple):
         cls, tile: Tile, lists: BlockLists, dims: tuple[int, int], dtype: Any, segments: bool
     ) -> Scratch:
         query, value, numbers, ids = hopper.row_buffers(dims, dtype, segments)
+        columns = dims[0] if tile.block_kv == 64 else min(dims[0], _COLUMNS)
+        grad = shared((WARPGROUPS, ROWS, columns), dtype)
         return cls(
-            Rows(query, value, query, numbers, numbers, ids),
+            Rows(query, value, grad, numbers, numbers, ids),
             mgpu.Barrier(num_arrivals=4 + segments, num_barriers=WARPGROUPS),
             Notes.scratch(),
             Pipeline.scratch(tile.num_stages, lists, dims, dtype, segments),
@@ -165,11 +170,14 @@ class Multiplier:
         mgpu.commit_smem()  # all of the warpgroup have done with what it loaded
         following = round_ + i32(1)
         told = lax.cond(schedule.has(following), lambda: self._load_next(following), lambda: told)
-        mgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the tile before
-        mine.grad[...] = (sums * schedule.settings.scale).astype(self.refs.grad.dtype)
-        mgpu.commit_smem()
-        at = tile.batch, tile.rows(self.warpgroup), tile.head
-        mgpu.copy_smem_to_gmem(mine.grad, self.refs.grad.at[at])
+        sums = (sums * schedule.settings.scale).astype(self.refs.grad.dtype)
+        columns = mine.grad.shape[-1]
+        for start in range(0, sums.shape[1], columns):
+            mgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of those before
+            mine.grad[...] = sums[:, start : start + columns]
+            mgpu.commit_smem()
+            at = tile.batch, tile.rows(self.warpgroup), tile.head, pl.ds(start, columns)
+            mgpu.copy_smem_to_gmem(mine.grad, self.refs.grad.at[at])
         return told, slot
 
     def _add(

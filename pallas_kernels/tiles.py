@@ -76,16 +76,24 @@ class TileConfig:
 
     def check_mosaic_memory(self, dim: int, segments: bool) -> None:
         """Raises ValueError where a kernel that Mosaic lowers would need more than there is."""
-        # Rows of the fixed axis that are in shared memory at a time, of the walked one a stage, and
-        # what else there is: numbers of a token, notes, flags, what the compiler reserves.
-        kernels = (
-            ("forward", self.forward, 2 * MOSAIC_ROWS, self.forward.block_kv, 6208),
-            ("dq", self.dq, 3 * MOSAIC_ROWS, self.dq.block_kv, 3120),
-            ("dkv", self.dkv, 2 * MOSAIC_ROWS, self.dkv.block_q, 2304 + (16 << 10)),
-        )
 
         def whole(size: int) -> int:
             return -(-size // 1024) * 1024
+
+        # Rows of the fixed axis that are in shared memory at a time, of the walked one a stage, and
+        # what else there is: numbers of a token, notes, flags, what the compiler reserves.
+        dq = 3120 + (self.dq.block_kv > 64) * (16 << 10)
+        kernels = (
+            ("forward", self.forward, 2 * MOSAIC_ROWS, self.forward.block_kv, 6208),
+            (
+                "dq",
+                self.dq,
+                (3 if self.dq.block_kv == 64 else 2) * MOSAIC_ROWS,
+                self.dq.block_kv,
+                dq,
+            ),
+            ("dkv", self.dkv, 2 * MOSAIC_ROWS, self.dkv.block_q, 2304 + (16 << 10)),
+        )
 
         for name, tile, fixed, walked, others in kernels:
             if tile.lowering != "mosaic":

@@ -128,7 +128,7 @@ def mosaic_calls(draw) -> AttentionCall:
     batch = draw(st.sampled_from([1, 1, 2]))
     forward, dq = (
         Tile(128, keys, 8, stages, lowering="mosaic")
-        for keys, stages in draw(st.sampled_from([((64, 4), (64, 3)), ((128, 2), (64, 2))]))
+        for keys, stages in draw(st.sampled_from([((64, 4), (128, 2)), ((128, 2), (64, 2))]))
     )
 
     dkv = Tile(128, 128, 8, 2, lowering="mosaic") if size > 16 else Tile(64, 64, 4, 1)

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(
 TILES, WIDE = (
     TileConfig(
         Tile(128, keys, 8, 2, lowering="mosaic"),
-        Tile(128, 64, 8, 3, lowering="mosaic"),
+        Tile(128, keys, 8, 3 if keys == 64 else 2, lowering="mosaic"),
         Tile(128, 128, 8, 2, lowering="mosaic"),
     )
     for keys in (64, 128)
