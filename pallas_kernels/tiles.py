@@ -8,7 +8,7 @@ from typing import Literal
 TILE_SIZES = (16, 32, 64, 128)
 MOSAIC_ROWS = 128  # queries, or keys of dk/dv, of a program that Mosaic lowers
 LEAST_MOSAIC_QUERIES = 32  # of a block, for dk/dv: copies of fewer numbers would not be aligned
-LEAST_MOSAIC_ROWS = {64: 65536, 128: 16384}  # queries of dk/dv, by head dim
+LEAST_MOSAIC_ROWS = {64: 65536, 128: 16384}  # queries of dk/dv and wide dq, by head dim
 _HOPPER_SHARED_BYTES = 227 << 10  # of a program
 
 
@@ -157,14 +157,16 @@ def pick_tiles(
         dkv = large if gathers else Tile(32, 64, 4, 3)
         tiles = dataclasses.replace(tiles, dkv=dkv)
     if mosaic:
+        rows = min(q_len, 4096) if cut_short else q_len
+        long = rows >= LEAST_MOSAIC_ROWS[head_dim]
+        wide = long and head_dim == 128
         tiles = dataclasses.replace(
             tiles,
             forward=Tile(128, *((64, 8, 4) if cut_short else (128, 8, 2)), lowering="mosaic"),
-            dq=Tile(128, 64, 8, 3, lowering="mosaic"),
+            dq=Tile(128, *((128, 8, 2) if wide else (64, 8, 3)), lowering="mosaic"),
         )
         # In shorter rows a program of its dk/dv has too few steps to make up for its start.
-        rows = min(q_len, 4096) if cut_short else q_len
-        if gathers and block_size >= LEAST_MOSAIC_QUERIES and rows >= LEAST_MOSAIC_ROWS[head_dim]:
+        if gathers and block_size >= LEAST_MOSAIC_QUERIES and long:
             stages = 4 if head_dim == 64 else 2
             return dataclasses.replace(tiles, dkv=Tile(128, 128, 8, stages, lowering="mosaic"))
     if gathers:
