@@ -137,12 +137,15 @@ def main() -> None:
         if not settings.results:
             raise ValueError("name at least one result")
         result = load(settings.results)
-        figure = draw(result, (settings.local_blocks, settings.stride))
         bars = draw_shares(result)
+        # The paper's own suite has one length.
+        lengths = bars is None or any(row["suite"] == "main" for row in result["rows"])
+        figure = draw(result, (settings.local_blocks, settings.stride)) if lengths else None
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     out = settings.out or settings.results[0].with_suffix(".png")
-    figure.savefig(out, dpi=150)
+    if figure is not None:
+        figure.savefig(out, dpi=150)
     if bars is not None:
         bars.savefig(out.with_stem(f"{out.stem}-share"), dpi=150)
 

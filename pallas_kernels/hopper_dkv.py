@@ -15,21 +15,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic.gpu import FragmentedArray
 from jax.experimental.pallas import mosaic_gpu as mgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm, vector
 
 from pallas_kernels import hopper
 from pallas_kernels.block_lists import BlockLists
 from pallas_kernels.call import Arrays, Settings
 from pallas_kernels.hopper_keys import KeySchedule, KeyTile
 from pallas_kernels.hopper_pipeline import Notes, Pipeline, Side
+from pallas_kernels.hopper_ptx import product
 from pallas_kernels.hopper_tiles import (
-    LAYOUT,
     ROWS,
     WARPGROUPS,
     Told,
@@ -330,7 +326,7 @@ class Multiplier:
                 grads -= _numbers(self.scratch.delta, slot, columns, grads)
                 if interpreted:
                     return (some.astype(jnp.float32) * grads).astype(some.dtype)
-                return _product(some, grads)
+                return product(some, grads)
 
             return pl.run_scoped(of_products, mgpu.ACC((ROWS, some.shape[1]), jnp.float32))
 
@@ -362,47 +358,3 @@ def _numbers(source: Any, slot: Any, columns: slice, like: jax.Array) -> jax.Arr
     """A number for each of some queries of a stage, as an array of keys."""
     at = source.at[slot, pl.ds(columns.start, columns.stop - columns.start)]
     return lax.broadcast_in_dim(load_numbers(at, axis=1), like.shape, [1])
-
-
-def _product(weights: jax.Array, grads: jax.Array) -> jax.Array:
-    """weights * grads, made in float32, as the type of the weights.
-
-    Two weights stay in the register that they share until their turn comes. As a conversion, ptxas
-    would unpack all of them first, into registers that are not there.
-    """
-    dtype = weights.dtype
-    kind, unpack = {
-        jnp.dtype(jnp.bfloat16): ("bf16x2", "shl.b32 l, $1, 16; and.b32 h, $1, 0xffff0000;"),
-        jnp.dtype(jnp.float16): (
-            "f16x2", "mov.b32 {a, b}, $1; cvt.f32.f16 l, a; cvt.f32.f16 h, b;",
-        ),
-    }[dtype]  # fmt: skip
-    text = (
-        f"{{ .reg .f32 l, h; .reg .b16 a, b; {unpack} mul.f32 l, l, $2; mul.f32 h, h, $3; "
-        f"cvt.rn.{kind}.f32 $0, h, l; }}"
-    )
-
-    @mgpu.inline_mgpu(
-        arg_types=(LAYOUT, LAYOUT),
-        return_type=mgpu.ShapeDtypeStruct(weights.shape, dtype, layout=LAYOUT),
-    )
-    def multiply(_: Any, weights: Any, grads: Any) -> Any:
-        i32_type = ir.IntegerType.get_signless(32)
-        pair = ir.VectorType.get((1,), i32_type)
-        products = np.empty_like(weights.registers)
-
-        def element(register: Any, number: int) -> Any:
-            at = ir.DenseI64ArrayAttr.get([number])
-            return vector.extract(register, dynamic_position=[], static_position=at)
-
-        for place, (two, factors) in enumerate(
-            zip(weights.registers.flat, grads.registers.flat, strict=True)
-        ):
-            word = element(vector.bitcast(pair, two), 0)
-            made: Any = llvm.inline_asm(
-                i32_type, [word, element(factors, 0), element(factors, 1)], text, "=r,r,f,f"
-            )
-            products.flat[place] = vector.bitcast(two.type, vector.broadcast(pair, made))
-        return FragmentedArray(_registers=products, _layout=weights.layout, _is_signed=None)
-
-    return multiply(weights, grads)

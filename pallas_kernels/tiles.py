@@ -8,7 +8,11 @@ from typing import Literal
 TILE_SIZES = (16, 32, 64, 128)
 MOSAIC_ROWS = 128  # queries, or keys of dk/dv, of a program that Mosaic lowers
 LEAST_MOSAIC_QUERIES = 32  # of a block, for dk/dv: copies of fewer numbers would not be aligned
-LEAST_MOSAIC_ROWS = {64: 65536, 128: 16384}  # queries of dk/dv and wide dq, by head dim
+# Queries from which on steps of 128 keys are faster in dq, and Mosaic's dk/dv than Triton's, by
+# head dim: on an H200.
+LEAST_MOSAIC_ROWS = {
+    ("wide dq", 64): 8192, ("wide dq", 128): 16384, ("dkv", 64): 65536, ("dkv", 128): 16384,
+}  # fmt: skip
 _HOPPER_SHARED_BYTES = 227 << 10  # of a program
 
 
@@ -127,6 +131,7 @@ def pick_tiles(
     group: int = 1,
     gathers: bool = True,
     cut_short: bool = False,
+    padded: bool = False,
     compute_capability: int = 90,
     mosaic: bool = False,
 ) -> TileConfig:
@@ -137,6 +142,7 @@ def pick_tiles(
       itemsize: bytes an element: 2 or 4.
       q_len: query tokens in a row; short rows want small tiles to fill the GPU.
       cut_short: segments leave each query only few of the keys.
+      padded: queries have lengths.
       block_size: of the pattern.
       group: query heads of a key/value head.
       gathers: whether a key tile of dk/dv can be put together from columns that the same queries
@@ -158,14 +164,15 @@ def pick_tiles(
         tiles = dataclasses.replace(tiles, dkv=dkv)
     if mosaic:
         rows = min(q_len, 4096) if cut_short else q_len
-        long = rows >= LEAST_MOSAIC_ROWS[head_dim]
-        wide = long and head_dim == 128
+        wide = rows >= LEAST_MOSAIC_ROWS["wide dq", head_dim]
         tiles = dataclasses.replace(
             tiles,
             forward=Tile(128, *((64, 8, 4) if cut_short else (128, 8, 2)), lowering="mosaic"),
             dq=Tile(128, *((128, 8, 2) if wide else (64, 8, 3)), lowering="mosaic"),
         )
-        # In shorter rows a program of its dk/dv has too few steps to make up for its start.
+        # In shorter rows a program of its dk/dv has too few steps to make up for its start; of
+        # padded ones it wants copies without what is in the padding.
+        long = rows >= LEAST_MOSAIC_ROWS["dkv", head_dim] and not padded
         if gathers and block_size >= LEAST_MOSAIC_QUERIES and long:
             stages = 4 if head_dim == 64 else 2
             return dataclasses.replace(tiles, dkv=Tile(128, 128, 8, stages, lowering="mosaic"))

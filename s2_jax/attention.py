@@ -203,6 +203,7 @@ def _kernels(
             block_size=call.pattern.block_size,
             group=call.query.shape[2] // call.key.shape[2],
             cut_short=call.segment_ids is not None,
+            padded=call.query_seq_lengths is not None,
             gathers=gathers_keys(call.pattern, call.num_heads, call.num_kv_heads),
             compute_capability=lowering.compute_capability() or 90,
             mosaic=mosaic,

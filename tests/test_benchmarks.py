@@ -277,6 +277,13 @@ def test_pictures_of_the_committed_results():
     assert len(plots.share_bars(result["rows"], "forward")["s2_jax"]) == 3
 
 
+def test_shares_alone_are_drawn_of_the_papers_suite(tmp_path, monkeypatch):
+    paper = Path(plots.__file__).parent / "results" / "h200-attention-paper.json"
+    monkeypatch.setattr("sys.argv", ["plots", str(paper), "--out", str(tmp_path / "x.png")])
+    plots.main()
+    assert [path.name for path in tmp_path.iterdir()] == ["x-share.png"]
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

@@ -21,7 +21,7 @@ S2_128 = s2_jax.local_stride(2, 3, block_size=128)
 needs_mosaic = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="its kernels want a newer JAX"
 )
-PLAIN = Tile(64, 64, 4, 2)
+OWN = TileConfig(*(Tile(128, 128, 8, 2, lowering="mosaic") for _ in range(3)))
 
 BASE = AttentionCall(
     S2, q_len=1000, kv_len=1000, heads=4, kv_heads=2, head_dim=64, dtype="bfloat16", tiles=None
@@ -103,6 +103,9 @@ CALLS = {
     "padded": dataclasses.replace(
         BASE, batch=4, query_lengths=(1000, 130, 0, 641), kv_lengths=(1000, 130, 5, 700)
     ),
+    "padded-by-all-three": dataclasses.replace(
+        BASE, batch=3, query_lengths=(1000, 0, 641), kv_lengths=(1000, 5, 700), tiles=OWN
+    ),
     "padded-keys": dataclasses.replace(BASE, batch=2, kv_lengths=(77, 1000), head_dim=128),
     "padded-queries": dataclasses.replace(BASE, batch=2, query_lengths=(77, 1000)),
     "padded-beyond-the-peak": dataclasses.replace(
@@ -135,7 +138,7 @@ CALLS = {
 
 @pytest.fixture(autouse=True)
 def dkv_for_short_rows(monkeypatch):
-    monkeypatch.setattr(tiles, "LEAST_MOSAIC_ROWS", {64: 1, 128: 1})
+    monkeypatch.setattr(tiles, "LEAST_MOSAIC_ROWS", dict.fromkeys(tiles.LEAST_MOSAIC_ROWS, 1))
 
 
 def attention(implementation=None, pattern=S2, **options):
@@ -198,7 +201,7 @@ def test_what_is_not_finite_stays_in_its_rows(bad):
 
 @pytest.mark.gpu
 @needs_mosaic
-@pytest.mark.parametrize("name", ["padded", "packed-and-padded"])
+@pytest.mark.parametrize("name", ["padded", "padded-by-all-three", "packed-and-padded"])
 def test_nan_in_the_padding_reaches_nothing(name):
     assert_padding_reaches_nothing(CALLS[name], "mosaic")
 
