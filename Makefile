@@ -15,7 +15,7 @@ BIN       := $(VENV)/bin
 CREATED   := $(VENV)/.created-$(PYVER)
 INSTALLED := $(VENV)/.installed-$(PYVER)-$(basename $(notdir $(CONSTRAINTS)))
 
-.PHONY: help demo test compile lint types clean
+.PHONY: help demo test compile ptxas lint types clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1:\2/p' $(firstword $(MAKEFILE_LIST)) | \
@@ -37,6 +37,19 @@ test: $(INSTALLED) ## run the tests
 # worksteal here too: where short and long calls share a kernel, one worker compiles it once.
 compile: $(INSTALLED) ## compile the kernels with the official Triton; no GPU needed
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q -m compile
+
+# JAX's CUDA plugin stays in a folder of its own: JAX would ask an installed one for a GPU.
+PLUGIN := $(VENV)/cuda-plugin
+
+ptxas: $(INSTALLED) $(PLUGIN) ## compile Mosaic's kernels with CUDA's ptxas; no GPU needed
+	S2_CUDA_PLUGIN=$(PLUGIN) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q -m ptxas tests/test_ptxas.py
+
+$(PLUGIN): $(INSTALLED)
+	rm -rf $@ && mkdir $@
+	version=$$($(BIN)/python -c "import jax; print(jax.__version__)") && \
+	  $(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $@ \
+	    jax-cuda13-pjrt==$$version jax-cuda13-plugin==$$version
+	for wheel in $@/*.whl; do $(BIN)/python -m zipfile -e $$wheel $@ && rm $$wheel; done
 
 lint: $(INSTALLED) ## ruff check and ruff format --check
 	$(BIN)/ruff check

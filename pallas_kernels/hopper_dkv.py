@@ -276,30 +276,36 @@ class Multiplier:
 
         queries = pipeline.key.shape[1]
         scores = pl.run_scoped(multiply, mgpu.ACC((ROWS, queries), jnp.float32))
+        halves = [scores[:, columns] for columns in _halves(queries)]
         blank = functools.partial(self._blank, slot, mine)
-        scores = lax.cond(number < masked, blank, lambda scores: scores, scores)
-        weights = self._weights(slot, scores)
+        halves = lax.cond(number < masked, blank, lambda halves: halves, halves)
+        weights = self._weights(slot, halves)
         mgpu.barrier_wait(pipeline.value_ready.at[slot])
         sums = self._accumulate(slot, value, weights, sums)
         mgpu.barrier_arrive(pipeline.value_used.at[slot])
         mgpu.barrier_arrive(pipeline.key_used.at[slot])
         return pipeline.after(slot), *sums
 
-    def _blank(self, slot: Any, warpgroup: Any, scores: jax.Array) -> jax.Array:
-        """Scores of a step with a mask."""
-        q_ids, kv_ids = self.pipeline.ids_at(slot), None
-        if q_ids is not None:
+    def _blank(self, slot: Any, warpgroup: Any, halves: list[jax.Array]) -> list[jax.Array]:
+        """Scores of a step with a mask, for each half of the queries."""
+        pipeline, kv_ids = self.pipeline, None
+        if pipeline.ids is not None:
             kv_ids = load_numbers(self.scratch.keys.ids.at[warpgroup], axis=0)
-        entries = self.pipeline.entries_at(slot)
-        mask = self.tile.mask(entries, self._positions(), warpgroup, q_ids, kv_ids)
-        return jnp.where(mask, scores, -jnp.inf)
+        mgpu.barrier_wait(pipeline.entries_ready.at[slot])
+        blanked = []
+        for scores, part in zip(halves, _parts(pipeline.key.shape[1]), strict=True):
+            entries, q_ids = pipeline.some_entries(slot, part), pipeline.ids_at(slot, part)
+            mask = self.tile.mask(entries, self._positions(), warpgroup, q_ids, kv_ids)
+            # One after the other, for fewer registers.
+            scores, slot = lax.optimization_barrier((jnp.where(mask, scores, -jnp.inf), slot))
+            blanked.append(scores)
+        return blanked
 
-    def _weights(self, slot: Any, scores: jax.Array) -> list[jax.Array]:
+    def _weights(self, slot: Any, halves: list[jax.Array]) -> list[jax.Array]:
         """Of each half of the queries. One after the other, for fewer registers."""
-        halves = [scores[:, columns] for columns in _halves(scores.shape[1])]
         weights: list[jax.Array] = []
-        for number, columns in enumerate(_halves(scores.shape[1])):
-            lse = _numbers(self.scratch.lse, slot, columns, halves[number])
+        for number, part in enumerate(_parts(self.pipeline.key.shape[1])):
+            lse = _numbers(self.scratch.lse, slot, part, halves[number])
             exponents = halves[number] * self.tile.settings.exp2.scale - lse
             weights.append(jnp.exp2(exponents).astype(self.refs.key.dtype))
             rest = tuple(halves[number + 1 :])
@@ -311,19 +317,19 @@ class Multiplier:
     ) -> list[jax.Array]:
         """The gradients of keys, not scaled, and of values with those of a stage."""
         pipeline, settings = self.pipeline, self.tile.settings
-        parts = [pl.ds(c.start, c.stop - c.start) for c in _halves(pipeline.key.shape[1])]
+        parts = _parts(pipeline.key.shape[1])
         interpreted = settings.launcher == "interpret"
 
         def grad_scores(number: int, add: Callable[[jax.Array, Any], None]) -> jax.Array:
             """add: products of a register and of shared memory to the gradients of values."""
-            columns, some = _halves(pipeline.key.shape[1])[number], weights[number]
-            grad_out = pipeline.value.at[slot, parts[number]]
+            some, part = weights[number], parts[number]
+            grad_out = pipeline.value.at[slot, part]
 
             def of_products(products: Any) -> jax.Array:
                 mgpu.wgmma(products, value, grad_out.transpose((1, 0)))
                 add(some, grad_out)
                 grads = mgpu.wgmma_accumulator_load(products, wait_n=0 if interpreted else 1)
-                grads -= _numbers(self.scratch.delta, slot, columns, grads)
+                grads -= _numbers(self.scratch.delta, slot, part, grads)
                 if interpreted:
                     return (some.astype(jnp.float32) * grads).astype(some.dtype)
                 return product(some, grads)
@@ -354,7 +360,11 @@ def _halves(queries: int) -> list[slice]:
     return [slice(start, start + half) for start in range(0, queries, half)]
 
 
-def _numbers(source: Any, slot: Any, columns: slice, like: jax.Array) -> jax.Array:
+def _parts(queries: int) -> list[Any]:
+    """The halves, as indices into shared memory."""
+    return [pl.ds(half.start, half.stop - half.start) for half in _halves(queries)]
+
+
+def _numbers(source: Any, slot: Any, part: Any, like: jax.Array) -> jax.Array:
     """A number for each of some queries of a stage, as an array of keys."""
-    at = source.at[slot, pl.ds(columns.start, columns.stop - columns.start)]
-    return lax.broadcast_in_dim(load_numbers(at, axis=1), like.shape, [1])
+    return lax.broadcast_in_dim(load_numbers(source.at[slot, part], axis=1), like.shape, [1])

@@ -121,11 +121,11 @@ class Pipeline:
     def stages(self) -> int:
         return int(self.key.shape[0])
 
-    def ids_at(self, slot: Any) -> jax.Array | None:
+    def ids_at(self, slot: Any, tokens: Any = ...) -> jax.Array | None:
         """The segment ids of the keys of a stage, int32 `[keys]`; None where there are none."""
         if self.ids is None:
             return None
-        ids = load_numbers(self.ids.at[slot], axis=1)
+        ids = load_numbers(self.ids.at[slot, tokens], axis=1)
         mgpu.commit_smem()  # read before the next copy into it, which is made by another unit
         return ids
 
@@ -142,7 +142,11 @@ class Pipeline:
     def entries_at(self, slot: Any) -> jax.Array:
         """Those of a step with a mask, int32 `[keys]`."""
         mgpu.barrier_wait(self.entries_ready.at[slot])
-        return load_numbers(self.entries.at[slot, pl.ds(0, self.key.shape[1])], axis=1)
+        return self.some_entries(slot, pl.ds(0, self.key.shape[1]))
+
+    def some_entries(self, slot: Any, tokens: Any) -> jax.Array:
+        """The same, once they are there, of some keys."""
+        return load_numbers(self.entries.at[slot, tokens], axis=1)
 
     def _write_down(self, slot: Any, units: list[tuple[Any, Any, Any]]) -> None:
         """Of a step with a mask: for each of its units number, parts that see it, and whether it
