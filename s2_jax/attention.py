@@ -27,7 +27,6 @@ from s2_jax.reference import reference_attention
 from s2_jax.structure import Heads, boolean
 
 _LEAST_ROWS_FOR_MOSAIC = 1024
-_LEAST_ROWS_TO_PAD_FOR_MOSAIC = 32768  # where lengths are no multiples of 8, all is copied
 _MAX_HEAD_DIM = 256
 
 
@@ -191,10 +190,12 @@ def _kernels(
 ) -> tuple[Array, Array]:
     q_len, kv_len = call.query.shape[1], call.key.shape[1]
     if tiles is None:
-        pads = q_len % 8 or kv_len % 8
-        least_rows = _LEAST_ROWS_TO_PAD_FOR_MOSAIC if pads else _LEAST_ROWS_FOR_MOSAIC
+        copied = q_len % 8 or kv_len % 8  # as a whole, and results too: memory nobody asked for
         mosaic = implementation == "mosaic" or (
-            implementation is None and q_len >= least_rows and _missing_for_mosaic(call) is None
+            implementation is None
+            and q_len >= _LEAST_ROWS_FOR_MOSAIC
+            and not copied
+            and _missing_for_mosaic(call) is None
         )
         tiles = pick_tiles(
             head_dim=max(call.query.shape[-1], call.value.shape[-1]),

@@ -1,7 +1,7 @@
 """Every kernel that the heuristics can pick, compiled by the official Triton; needs no GPU.
 
 In CI for Hopper and, without the variants, for Ampere; in blocks of 64, and of all sizes with heads
-of 128 in bfloat16. Heads of 80 and 192, which have the tiles of 128 and 256, for Hopper in bfloat16.
+of 128 in bfloat16. Heads of 80 and 192, with the tiles of 128 and 256, for Hopper in bfloat16.
 """
 
 import pytest
