@@ -54,7 +54,9 @@ def dkv(
         settings.tiles.dkv, lists, (key.shape[-1], value.shape[-1]), key.dtype,
         out_shape[0].dtype, len(ids) > 0,
     )  # fmt: skip
-    lse, delta = hopper.padded(arrays["lse"], jnp.inf), hopper.padded(arrays["delta"], 0.0)
+    # Weights come out so many times as large as the LSE is less.
+    lse = hopper.padded(arrays["lse"] - _raised(key.dtype), jnp.inf)
+    delta = hopper.padded(arrays["delta"], 0.0)
     (batch, kv_len, sums, _), kv_heads = out_shape[0].shape, key.shape[2]
     grads = hopper.call(
         "s2_attention_dkv", _compute, _fetch,
@@ -206,7 +208,8 @@ class Multiplier:
         state = i32(0), *(hopper.zeros(dim) for dim in dims)
         add = functools.partial(self._add, told.masked)
         _, grad_key, grad_value = lax.fori_loop(i32(0), told.masked + told.plain, add, state)
-        self._store(grad_key * self.tile.settings.scale, grad_value)
+        raised = 2.0 ** -_raised(self.refs.key.dtype)
+        self._store(grad_key * self.tile.settings.scale, grad_value * raised)
 
     def _load(self) -> None:
         keys, ready = self.scratch.keys, self.scratch.ready.at[self.warpgroup]
@@ -282,6 +285,8 @@ class Multiplier:
         weights = self._weights(slot, halves)
         mgpu.barrier_wait(pipeline.value_ready.at[slot])
         sums = self._accumulate(slot, value, weights, sums)
+        # What was loaded from the stage (LSE, delta) has been used, and needs no fence before
+        # copies overwrite it. The interpreter has those of its own products.
         mgpu.barrier_arrive(pipeline.value_used.at[slot])
         mgpu.barrier_arrive(pipeline.key_used.at[slot])
         return pipeline.after(slot), *sums
@@ -330,9 +335,10 @@ class Multiplier:
                 add(some, grad_out)
                 grads = mgpu.wgmma_accumulator_load(products, wait_n=0 if interpreted else 1)
                 grads -= _numbers(self.scratch.delta, slot, part, grads)
+                raised = _raised(some.dtype)
                 if interpreted:
-                    return (some.astype(jnp.float32) * grads).astype(some.dtype)
-                return product(some, grads)
+                    return (some.astype(jnp.float32) * 2.0**-raised * grads).astype(some.dtype)
+                return product(some, grads, raised)
 
             return pl.run_scoped(of_products, mgpu.ACC((ROWS, some.shape[1]), jnp.float32))
 
@@ -353,6 +359,13 @@ class Multiplier:
                 mgpu.wgmma(grad_key, grads, pipeline.key.at[slot, part])
 
         return list(pl.run_state(add_all)(tuple(map(mgpu.ACC.init, sums))))
+
+
+def _raised(dtype: Any) -> int:
+    """Of weights, the power of two that they are multiplied by: in float16, those of long rows
+    would have few digits, which gradients of keys are made from.
+    """
+    return 14 if dtype == jnp.float16 else 0
 
 
 def _halves(queries: int) -> list[slice]:

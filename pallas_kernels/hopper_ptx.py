@@ -15,8 +15,8 @@ from jaxlib.mlir.dialects import llvm, vector
 from pallas_kernels.hopper_tiles import LAYOUT
 
 
-def product(weights: jax.Array, grads: jax.Array) -> jax.Array:
-    """weights * grads, made in float32, as the type of the weights.
+def product(weights: jax.Array, grads: jax.Array, raised: int) -> jax.Array:
+    """weights * grads / 2**raised, made in float32, as the type of the weights.
 
     Two weights stay in the register that they share until their turn comes. As a conversion, ptxas
     would unpack all of them first, into registers that are not there.
@@ -28,6 +28,8 @@ def product(weights: jax.Array, grads: jax.Array) -> jax.Array:
             "f16x2", "mov.b32 {a, b}, $1; cvt.f32.f16 l, a; cvt.f32.f16 h, b;",
         ),
     }[dtype]  # fmt: skip
+    lower = f"0f{np.float32(2.0**-raised).view(np.uint32):08X}"
+    unpack += f" mul.f32 l, l, {lower}; mul.f32 h, h, {lower};" * (raised != 0)
     text = (
         f"{{ .reg .f32 l, h; .reg .b16 a, b; {unpack} mul.f32 l, l, $2; mul.f32 h, h, $3; "
         f"cvt.rn.{kind}.f32 $0, h, l; }}"

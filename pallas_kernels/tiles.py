@@ -164,7 +164,8 @@ def pick_tiles(
         tiles = dataclasses.replace(tiles, dkv=dkv)
     if mosaic:
         rows = min(q_len, 4096) if cut_short else q_len
-        wide = rows >= LEAST_MOSAIC_ROWS["wide dq", head_dim]
+        dim = 64 if head_dim <= 64 else 128
+        wide = rows >= LEAST_MOSAIC_ROWS["wide dq", dim]
         tiles = dataclasses.replace(
             tiles,
             forward=Tile(128, *((64, 8, 4) if cut_short else (128, 8, 2)), lowering="mosaic"),
@@ -172,7 +173,7 @@ def pick_tiles(
         )
         # In shorter rows a program of its dk/dv has too few steps to make up for its start; of
         # padded ones it wants copies without what is in the padding.
-        long = rows >= LEAST_MOSAIC_ROWS["dkv", head_dim] and not padded
+        long = rows >= LEAST_MOSAIC_ROWS["dkv", dim] and not padded
         if gathers and block_size >= LEAST_MOSAIC_QUERIES and long:
             stages = 4 if head_dim == 64 else 2
             return dataclasses.replace(tiles, dkv=Tile(128, 128, 8, stages, lowering="mosaic"))

@@ -11,7 +11,7 @@ from hypothesis import given
 import s2_jax
 from pallas_kernels import tiles
 from s2_jax import Tile, TileConfig
-from tests.calls import AttentionCall, assert_padding_reaches_nothing, check
+from tests.calls import AttentionCall, _dense, assert_padding_reaches_nothing, check
 from tests.draws import mosaic_calls
 
 S2 = s2_jax.local_stride(2, 3)
@@ -204,6 +204,39 @@ def test_what_is_not_finite_stays_in_its_rows(bad):
 @pytest.mark.parametrize("name", ["padded", "padded-by-all-three", "packed-and-padded"])
 def test_nan_in_the_padding_reaches_nothing(name):
     assert_padding_reaches_nothing(CALLS[name], "mosaic")
+
+
+def small_weights(implementation):
+    """How far dk and dv of keys with weights of 1e-6 and less are off, relative, in float16.
+
+    One key has nearly all the weight, and a loss scale is on.
+    """
+    call = dataclasses.replace(
+        BASE, pattern=s2_jax.dense(causal=False), q_len=128, kv_len=128, heads=1, kv_heads=1,
+        dtype="float16", scale=1.0, tiles=OWN,
+    )  # fmt: skip
+    inputs = call.inputs()
+    query, key = (inputs[name] * np.float16(0.1) for name in ("query", "key"))
+    query[..., 0], key[..., 0], key[:, 0] = 1, 0, 0
+    key[:, 0, :, 0] = 14
+    changed = {"query": query, "key": key, "d_out": inputs["d_out"] * np.float16(256)}
+    changed["d_lse"] = np.zeros_like(inputs["d_lse"])
+    found = call.run(implementation, **changed)
+    exact = {name: array.astype(np.float64) for name, array in (inputs | changed).items()}
+    mask = np.ones((1, 1, 128, 128), bool)
+    wanted = _dense(**exact, mask=mask, scale=1.0, cap=None)
+    rest = np.s_[:, 1:]  # keys
+    return {
+        name: np.linalg.norm(found[name][rest] - wanted[name][rest])
+        / np.linalg.norm(wanted[name][rest])
+        for name in ("dk", "dv")
+    }
+
+
+@pytest.mark.gpu
+@needs_mosaic
+def test_small_float16_weights_keep_their_digits():
+    assert max(small_weights("mosaic").values()) < 2e-3
 
 
 @pytest.mark.gpu

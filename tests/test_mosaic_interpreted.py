@@ -12,6 +12,7 @@ from pallas_kernels import hopper_forward, hopper_tiles
 from s2_jax import Tile, TileConfig
 from tests.calls import AttentionCall, assert_padding_reaches_nothing, check
 from tests.draws import mosaic_calls
+from tests.test_mosaic import small_weights
 
 pytestmark = pytest.mark.skipif(
     jax.__version_info__ < (0, 12), reason="older interpreters do not know all that is used"
@@ -86,6 +87,10 @@ def test_drawn_calls_agree_with_the_oracle(call):
 
 def test_nan_in_the_padding_reaches_nothing():
     assert_padding_reaches_nothing(CALLS["padded"], "interpret")
+
+
+def test_small_float16_weights_keep_their_digits():
+    assert max(small_weights("interpret").values()) < 2e-3
 
 
 def test_tiles_that_share_a_flag_are_all_taken_again(monkeypatch):
