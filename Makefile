@@ -41,15 +41,16 @@ compile: $(INSTALLED) ## compile the kernels with the official Triton; no GPU ne
 # JAX's CUDA plugin stays in a folder of its own: JAX would ask an installed one for a GPU.
 PLUGIN := $(VENV)/cuda-plugin
 
-ptxas: $(INSTALLED) $(PLUGIN) ## compile Mosaic's kernels with CUDA's ptxas; no GPU needed
+ptxas: $(PLUGIN)/.unpacked ## compile Mosaic's kernels with CUDA's ptxas; no GPU needed
 	S2_CUDA_PLUGIN=$(PLUGIN) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -q -m ptxas tests/test_ptxas.py
 
-$(PLUGIN): $(INSTALLED)
-	rm -rf $@ && mkdir $@
+$(PLUGIN)/.unpacked: $(INSTALLED)
+	rm -rf $(PLUGIN) && mkdir $(PLUGIN)
 	version=$$($(BIN)/python -c "import jax; print(jax.__version__)") && \
-	  $(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $@ \
+	  $(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps --dest $(PLUGIN) \
 	    jax-cuda13-pjrt==$$version jax-cuda13-plugin==$$version
-	for wheel in $@/*.whl; do $(BIN)/python -m zipfile -e $$wheel $@ && rm $$wheel; done
+	set -e; for wheel in $(PLUGIN)/*.whl; do $(BIN)/python -m zipfile -e $$wheel $(PLUGIN); rm $$wheel; done
+	@touch $@
 
 lint: $(INSTALLED) ## ruff check and ruff format --check
 	$(BIN)/ruff check

@@ -43,11 +43,14 @@ _DKV = [
     (32, 64, 4, 2, 1), (32, 64, 4, 3, 1), (64, 64, 4, 2, 1), (64, 128, 8, 3, 1), (64, 128, 8, 4, 1),
     (128, 64, 4, 2, 1), (128, 128, 8, 2, 1),
 ]  # fmt: skip
-_MOSAIC = [
-    Tile(128, keys, 8, stages, lowering="mosaic")
-    for keys, stages in ((64, 2), (64, 3), (64, 4), (128, 2))
-]
-_MOSAIC_DKV = [Tile(128, 128, 8, stages, lowering="mosaic") for stages in (2, 3, 4)]
+_BY_QUERY = (64, 2), (64, 3), (64, 4), (128, 2)
+_KEYS_AND_STAGES = {
+    "forward": _BY_QUERY, "dq": _BY_QUERY, "dkv": ((128, 2), (128, 3), (128, 4)),
+}  # fmt: skip
+_MOSAIC = {
+    kernel: [Tile(128, keys, 8, stages, lowering="mosaic") for keys, stages in several]
+    for kernel, several in _KEYS_AND_STAGES.items()
+}
 _LISTS = {"forward": _FORWARD, "dq": _DQ, "dkv": _DKV}
 CANDIDATES = {kernel: [Tile(*sizes) for sizes in tiles] for kernel, tiles in _LISTS.items()}
 MATMULS = {"forward": 2, "dq": 3, "dkv": 4}
@@ -110,8 +113,7 @@ def program(
     kernel: str, tile: Tile, launcher: Any, options: Options, length: int
 ) -> tuple[Any, dict[str, jax.Array]]:
     """The kernel's function, jitted, and its lists."""
-    tiles = TileConfig(*(CANDIDATES[name][0] for name in CANDIDATES))
-    tiles = dataclasses.replace(tiles, **{kernel: tile})
+    tiles = _with(kernel, tile)
     settings = Settings(
         layouts=PatternLayouts(
             options.pattern, options.heads, options.kv_heads, 0, length, length, tiles
@@ -191,11 +193,22 @@ def takes_mosaic(options: Options) -> bool:
 def candidates(options: Options, length: int, kernel: str, launcher: str) -> list[Tile]:
     mosaic = launcher == "pallas" and takes_mosaic(options)
     usual, tiles = default(options, length, kernel, mosaic), []
-    if mosaic and kernel != "dkv":
-        tiles = _MOSAIC
-    elif mosaic and options.block_size >= LEAST_MOSAIC_QUERIES:
-        tiles = _MOSAIC_DKV
+    if mosaic and (kernel != "dkv" or options.block_size >= LEAST_MOSAIC_QUERIES):
+        tiles = [tile for tile in _MOSAIC[kernel] if _fits(options, kernel, tile)]
     return list(dict.fromkeys([usual, *CANDIDATES[kernel], *tiles]))
+
+
+def _fits(options: Options, kernel: str, tile: Tile) -> bool:
+    try:
+        _with(kernel, tile).check_mosaic_memory(options.head_dim, options.documents > 0)
+    except ValueError:
+        return False
+    return True
+
+
+def _with(kernel: str, tile: Tile) -> TileConfig:
+    """A tile for one kernel, beside some for the others."""
+    return TileConfig(**{name: CANDIDATES[name][0] for name in CANDIDATES} | {kernel: tile})
 
 
 def default(options: Options, length: int, kernel: str, mosaic: bool = False) -> Tile:

@@ -84,25 +84,21 @@ class TileConfig:
         def whole(size: int) -> int:
             return -(-size // 1024) * 1024
 
-        # Rows of the fixed axis that are in shared memory at a time, of the walked one a stage, and
-        # what else there is: numbers of a token, notes, flags, what the compiler reserves.
-        dq = 3120 + (self.dq.block_kv > 64) * (16 << 10)
+        # Arrays of the fixed axis that are in shared memory at a time, rows of the walked one a
+        # stage, and what else: numbers of a token, notes, flags, what the compiler reserves. Wide
+        # steps of dq leave room for half of a result.
+        half = self.dq.block_kv > 64
         kernels = (
-            ("forward", self.forward, 2 * MOSAIC_ROWS, self.forward.block_kv, 6208),
-            (
-                "dq",
-                self.dq,
-                (3 if self.dq.block_kv == 64 else 2) * MOSAIC_ROWS,
-                self.dq.block_kv,
-                dq,
-            ),
-            ("dkv", self.dkv, 2 * MOSAIC_ROWS, self.dkv.block_q, 2304 + (16 << 10)),
+            ("forward", self.forward, 2, self.forward.block_kv, 6208),
+            ("dq", self.dq, 2 if half else 3, self.dq.block_kv, 3120 + half * (16 << 10)),
+            ("dkv", self.dkv, 2, self.dkv.block_q, 2304 + (16 << 10)),
         )
 
-        for name, tile, fixed, walked, others in kernels:
+        for name, tile, arrays, walked, others in kernels:
             if tile.lowering != "mosaic":
                 continue
-            needed = 2 * dim * (2 * tile.num_stages * walked + fixed) + others
+            rows = 2 * tile.num_stages * walked + arrays * MOSAIC_ROWS
+            needed = 2 * dim * rows + others
             needed += 40 * tile.num_stages + whole(512 * tile.num_stages)  # barriers, entries
             if name == "dkv":
                 needed += 2 * whole(512 * tile.num_stages)  # a number a query
