@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as mgpu
 from pallas_kernels import hopper
 from pallas_kernels.block_lists import BlockLists
 from pallas_kernels.call import Arrays, Settings
-from pallas_kernels.hopper_keys import KeySchedule, KeyTile
+from pallas_kernels.hopper_keys import KeySchedule, KeyTile, Piece
 from pallas_kernels.hopper_pipeline import Notes, Pipeline, Side
 from pallas_kernels.hopper_ptx import product
 from pallas_kernels.hopper_tiles import (
@@ -106,10 +106,11 @@ class Keys(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """ready: the keys of each warpgroup. lse, delta: of the queries of each stage."""
+    """keys_ready, values_ready: of each warpgroup. lse, delta: of the queries of each stage."""
 
     keys: Keys
-    ready: Any
+    keys_ready: Any
+    values_ready: Any
     notes: Any
     stages: Any
     lse: Any
@@ -122,13 +123,14 @@ class Scratch(NamedTuple):
     ) -> Scratch:  # fmt: skip
         key, value = (shared((WARPGROUPS, ROWS, dim), dtype) for dim in dims)
         columns = shared((WARPGROUPS, ROWS, _COLUMNS), out_dtype) if out_dtype != dtype else None
-        positions = mgpu.SMEM((MOSAIC_ROWS,), jnp.int32)
+        positions = mgpu.SMEM((WARPGROUPS, MOSAIC_ROWS), jnp.int32)
         ids = mgpu.SMEM((WARPGROUPS, ROWS), jnp.int32) if segments else None
         pieces = max(1, ROWS * lists.rows // lists.fixed_tile)
         numbers = mgpu.SMEM((tile.num_stages, tile.block_q), jnp.float32)
         return cls(
             Keys(key, value, positions, ids, columns),
-            mgpu.Barrier(num_arrivals=pieces * (2 + segments), num_barriers=WARPGROUPS),
+            mgpu.Barrier(num_arrivals=pieces * (1 + segments), num_barriers=WARPGROUPS),
+            mgpu.Barrier(num_arrivals=pieces, num_barriers=WARPGROUPS),
             Notes.scratch(),
             Pipeline.scratch(tile.num_stages, lists, dims, dtype, segments, numbers=1),
             numbers,
@@ -137,21 +139,53 @@ class Scratch(NamedTuple):
 
 
 def _fetch(schedule: KeySchedule, refs: tuple[Any, ...], scratch: Scratch) -> None:
-    tile, found = schedule.tile(), Refs.of(refs)
+    fetcher = Fetcher(schedule, Refs.of(refs), scratch, Pipeline(schedule.lists, *scratch.stages))
+    schedule.visit(fetcher.take, i32(0))
+
+
+def _compute(
+    schedule: KeySchedule, refs: tuple[Any, ...], scratch: Scratch, warpgroup: Any
+) -> None:
     pipeline = Pipeline(schedule.lists, *scratch.stages)
-    scratch.keys.positions[...] = tile.positions()
+    Multiplier(schedule, warpgroup, Refs.of(refs), scratch, pipeline, schedule.tile(i32(0))).run()
 
-    def of_group(body: Callable[[Any, Any], Any], state: Any) -> Any:
-        return lax.fori_loop(i32(0), i32(tile.members), body, state)
 
-    def count(member: Any, totals: tuple[Any, Any]) -> tuple[Any, Any]:
-        masked, plain = tile.steps(member).number(everything=False)
-        return totals[0] + masked, totals[1] + plain
+@dataclasses.dataclass(frozen=True)
+class Fetcher:
+    """The warpgroup that fetches queries."""
 
-    Notes(*scratch.notes).write(i32(0), Told(i32(0), *of_group(count, (i32(0), i32(0)))))
+    schedule: KeySchedule
+    refs: Refs
+    scratch: Scratch
+    pipeline: Pipeline
 
-    def sides(member: Any) -> tuple[Side, Side]:
+    def take(self, round_: Any, step: Any) -> Any:
+        """Tells of the tile of a round, and fetches what sees it. Returns the next step."""
+        tile = self.schedule.tile(round_)
+
+        def of_group(body: Callable[[Any, Any], Any], state: Any) -> Any:
+            return lax.fori_loop(i32(0), i32(tile.members), body, state)
+
+        def count(member: Any, totals: tuple[Any, Any]) -> tuple[Any, Any]:
+            masked, plain = tile.steps(member).number(everything=False)
+            return totals[0] + masked, totals[1] + plain
+
+        told = Told(i32(0), *of_group(count, (i32(0), i32(0))))
+        Notes(*self.scratch.notes).write(round_, told)
+        origin = self.schedule.settings.query_offset
+        assert origin is not None
+        for part in ("masked", "plain"):
+
+            def feed(member: Any, step: Any, part: Any = part) -> Any:
+                sides = self._sides(tile, member)
+                return self.pipeline.feed(tile.steps(member), sides, step, part, origin=origin)
+
+            step = of_group(feed, step)
+        return step
+
+    def _sides(self, tile: KeyTile, member: Any) -> tuple[Side, Side]:
         head, batch = tile.head(member), tile.batch
+        refs, scratch, pipeline = self.refs, self.scratch, self.pipeline
 
         def rows(source: Any) -> Callable[[Any], Any]:
             return lambda tokens: source.at[batch, tokens, head]
@@ -159,91 +193,99 @@ def _fetch(schedule: KeySchedule, refs: tuple[Any, ...], scratch: Scratch) -> No
         def numbers(source: Any) -> Callable[[Any], Any]:
             return lambda tokens: source.at[batch, head, tokens]
 
-        queries = [(rows(found.query), pipeline.key), (numbers(found.lse), scratch.lse)]
-        if found.ids:
-            queries.append((lambda tokens: found.ids[0].at[batch, tokens], pipeline.ids))
-        grads = (rows(found.grad_out), pipeline.value), (numbers(found.delta), scratch.delta)
+        queries = [(rows(refs.query), pipeline.key), (numbers(refs.lse), scratch.lse)]
+        if refs.ids:
+            queries.append((lambda tokens: refs.ids[0].at[batch, tokens], pipeline.ids))
+        grads = (rows(refs.grad_out), pipeline.value), (numbers(refs.delta), scratch.delta)
         return (
             Side(tuple(queries), pipeline.key_ready, pipeline.key_used),
             Side(grads, pipeline.value_ready, pipeline.value_used),
         )
 
-    origin, step = schedule.settings.query_offset, i32(0)
-    assert origin is not None
-    for part in ("masked", "plain"):
-
-        def feed(member: Any, step: Any, part: Any = part) -> Any:
-            return pipeline.feed(tile.steps(member), sides(member), step, part, origin=origin)
-
-        step = of_group(feed, step)
-
-
-def _compute(
-    schedule: KeySchedule, refs: tuple[Any, ...], scratch: Scratch, warpgroup: Any
-) -> None:
-    Multiplier(
-        schedule.tile(),
-        warpgroup,
-        Refs.of(refs),
-        scratch,
-        Pipeline(schedule.lists, *scratch.stages),
-    ).run()
-
 
 @dataclasses.dataclass(frozen=True)
 class Multiplier:
-    """A warpgroup that multiplies."""
+    """A warpgroup that multiplies, for one of its tiles."""
 
-    tile: KeyTile
+    schedule: KeySchedule
     warpgroup: Any
     refs: Refs
     scratch: Scratch
     pipeline: Pipeline
+    tile: KeyTile
 
     def run(self) -> None:
-        self._load()
+        """All tiles, from the first one on."""
+        self._load_keys()
+        self._load_values()
         told = Notes(*self.scratch.notes).take(i32(0))
-        mgpu.barrier_wait(self.scratch.ready.at[self.warpgroup])
-        dims = (ref.shape[-1] for ref in (self.refs.key, self.refs.value))
-        state = i32(0), *(hopper.zeros(dim) for dim in dims)
-        add = functools.partial(self._add, told.masked)
-        _, grad_key, grad_value = lax.fori_loop(i32(0), told.masked + told.plain, add, state)
-        raised = 2.0 ** -_raised(self.refs.key.dtype)
-        self._store(grad_key * self.tile.settings.scale, grad_value * raised)
+        self.schedule.visit(
+            lambda round_, state: self._at(round_)._take(round_, state), (told, i32(0))
+        )
 
-    def _load(self) -> None:
-        keys, ready = self.scratch.keys, self.scratch.ready.at[self.warpgroup]
+    def _at(self, round_: Any) -> Multiplier:
+        return dataclasses.replace(self, tile=self.schedule.tile(round_))
+
+    def _take(self, round_: Any, state: tuple[Told, Any]) -> tuple[Told, Any]:
+        told, slot = state
+        mgpu.barrier_wait(self.scratch.keys_ready.at[self.warpgroup])
+        mgpu.barrier_wait(self.scratch.values_ready.at[self.warpgroup])
+        dims = (ref.shape[-1] for ref in (self.refs.key, self.refs.value))
+        state = slot, *(hopper.zeros(dim) for dim in dims)
+        add = functools.partial(self._add, told.masked)
+        slot, *grads = lax.fori_loop(i32(0), told.masked + told.plain, add, state)
+        scales = self.tile.settings.scale, 2.0 ** -_raised(self.refs.key.dtype)
+        grads = [grad * scale for grad, scale in zip(grads, scales, strict=True)]
+        if "kv_length" in self.tile.refs:
+            beyond = self._positions() >= self.tile.refs["kv_length"][self.tile.batch]
+            grads = [hopper.blank(grad, beyond) for grad in grads]
+        mgpu.commit_smem()  # all of the warpgroup have done with its keys
+        following = round_ + i32(1)
+        more, after = self.schedule.has(following), self._at(following)
+        pl.when(more)(after._load_keys)
+        self._store(*grads)
+        pl.when(more)(after._load_values)
+        notes = Notes(*self.scratch.notes)
+        return lax.cond(more, lambda: notes.take(following), lambda: told), slot
+
+    def _load_keys(self) -> None:
+        keys, ready = self.scratch.keys, self.scratch.keys_ready.at[self.warpgroup]
+        keys.positions[self.warpgroup] = self.tile.positions()
+        mgpu.commit_smem()
         batch, head = self.tile.batch, self.tile.kv_head
-        for piece in self.tile.pieces(self.warpgroup):
-            tokens = pl.ds(jnp.maximum(piece.position, i32(0)), piece.size)
-            copies = [
-                (self.refs.key.at[batch, tokens, head], keys.key),
-                (self.refs.value.at[batch, tokens, head], keys.value),
-            ]
+        for piece, tokens in self._pieces():
+            copies = [(self.refs.key.at[batch, tokens, head], keys.key)]
             if self.refs.ids:
                 copies.append((self.refs.ids[1].at[batch, tokens], keys.ids))
             for source, target in copies:
                 rows = target.at[self.warpgroup, pl.ds(piece.place, piece.size)]
                 mgpu.copy_gmem_to_smem(source, rows, ready)
 
-    def _store(self, *grads: jax.Array) -> None:
-        keys, refs = self.scratch.keys, (self.refs.grad_key, self.refs.grad_value)
-        if "kv_length" in self.tile.refs:
-            beyond = self._positions() >= self.tile.refs["kv_length"][self.tile.batch]
-            grads = tuple(hopper.blank(grad, beyond) for grad in grads)
-        if keys.columns is None:
-            for buffer, grad in zip((keys.key, keys.value), grads, strict=True):
-                buffer.at[self.warpgroup][...] = grad.astype(buffer.dtype)
-            mgpu.commit_smem()
-            for buffer, ref in zip((keys.key, keys.value), refs, strict=True):
-                self._copy(buffer, ref, 0)
-            mgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            return
-        for grad, ref in zip(grads, refs, strict=True):
-            for start in range(0, grad.shape[1], _COLUMNS):
-                keys.columns.at[self.warpgroup][...] = grad[:, start : start + _COLUMNS]
+    def _load_values(self) -> None:
+        value, ready = self.scratch.keys.value, self.scratch.values_ready.at[self.warpgroup]
+        for piece, tokens in self._pieces():
+            source = self.refs.value.at[self.tile.batch, tokens, self.tile.kv_head]
+            rows = value.at[self.warpgroup, pl.ds(piece.place, piece.size)]
+            mgpu.copy_gmem_to_smem(source, rows, ready)
+
+    def _pieces(self) -> list[tuple[Piece, Any]]:
+        """With the tokens of each, those of some other where there are none."""
+        return [
+            (piece, pl.ds(jnp.maximum(piece.position, i32(0)), piece.size))
+            for piece in self.tile.pieces(self.warpgroup)
+        ]
+
+    def _store(self, grad_key: jax.Array, grad_value: jax.Array) -> None:
+        """Where values were, one after the other: the next keys are on their way."""
+        keys = self.scratch.keys
+        buffer = keys.value if keys.columns is None else keys.columns
+        columns = buffer.shape[-1]
+        for grad, ref in ((grad_value, self.refs.grad_value), (grad_key, self.refs.grad_key)):
+            for start in range(0, grad.shape[1], columns):
+                some = grad[:, start : start + columns].astype(buffer.dtype)
+                buffer.at[self.warpgroup][...] = some
                 mgpu.commit_smem()
-                self._copy(keys.columns, ref, start)
+                self._copy(buffer, ref, start)
                 mgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     def _copy(self, buffer: Any, ref: Any, first: int) -> None:
@@ -259,7 +301,7 @@ class Multiplier:
                 mgpu.copy_smem_to_gmem(buffer.at[rows], target)
 
     def _positions(self) -> jax.Array:
-        mine = pl.ds(self.warpgroup * i32(ROWS), ROWS)
+        mine = self.warpgroup, pl.ds(self.warpgroup * i32(ROWS), ROWS)
         return load_numbers(self.scratch.keys.positions.at[mine], axis=0)
 
     def _add(

@@ -12,7 +12,7 @@ from jax.experimental.pallas import mosaic_gpu as mgpu
 
 from pallas_kernels.block_lists import BlockLists
 from pallas_kernels.call import Arrays, Settings
-from pallas_kernels.hopper_tiles import FAR, LAYOUT, PROGRAM, ROWS, Steps, i32
+from pallas_kernels.hopper_tiles import FAR, LAYOUT, ROWS, Rounds, Steps, i32
 from pallas_kernels.tiles import MOSAIC_ROWS
 
 
@@ -128,8 +128,8 @@ class KeyTile:
 
 
 @dataclasses.dataclass(frozen=True)
-class KeySchedule:
-    """Which tile each program has: as `call.Grid` of Triton's kernel has it.
+class KeySchedule(Rounds):
+    """Which tiles each program takes: the longest of all heads first.
 
     parts: into which the query heads of a key/value head are split.
     """
@@ -151,21 +151,16 @@ class KeySchedule:
         return dataclasses.replace(self, refs=refs)
 
     @property
-    def programs(self) -> int:
+    def tiles(self) -> int:
         return self.lists.num_tiles * self._sums * self.batch
 
     @property
     def _sums(self) -> int:
         return self.kv_heads * self.parts
 
-    def tile(self) -> KeyTile:
-        number, tiles = lax.axis_index(PROGRAM), self.lists.num_tiles
-        batch = lax.div(number, i32(tiles * self._sums))
-        number = lax.rem(number, i32(tiles * self._sums))
-        together = self.lists.together or tiles
-        first = lax.div(number, i32(self._sums * together)) * i32(together)
-        size = jnp.minimum(i32(tiles) - first, i32(together))
-        number -= first * i32(self._sums)
-        sums, rank = lax.div(number, size), first + lax.rem(number, size)
+    def tile(self, round_: Any) -> KeyTile:
+        number, heads = self.number(round_), i32(self._sums * self.batch)
+        rank, number = lax.div(number, heads), lax.rem(number, heads)
+        batch, sums = lax.div(number, i32(self._sums)), lax.rem(number, i32(self._sums))
         kv_head, members = lax.div(sums, i32(self.parts)), self.heads // self._sums
         return KeyTile(self.refs, self.settings, self.lists, members, batch, kv_head, sums, rank)
