@@ -170,8 +170,8 @@ class Fetcher:
             masked, plain = tile.steps(member).number(everything=False)
             return totals[0] + masked, totals[1] + plain
 
-        told = Told(i32(0), *of_group(count, (i32(0), i32(0))))
-        Notes(*self.scratch.notes).write(round_, told)
+        masked, plain = of_group(count, (i32(0), i32(0)))
+        Notes(*self.scratch.notes).write(round_, Told(i32(0), masked, plain, round_))
         origin = self.schedule.settings.query_offset
         assert origin is not None
         for part in ("masked", "plain"):

@@ -132,7 +132,8 @@ def _fetch(schedule: Schedule, refs: tuple[Any, ...], scratch: Scratch) -> None:
 
     state = schedule.visit(functools.partial(take, again=False), (i32(0), i32(0)))
     mgpu.barrier_wait(scratch.decided)
-    Flags(scratch.flags).visit(schedule, functools.partial(take, again=True), state)
+    number, _ = Flags(scratch.flags).visit(schedule, functools.partial(take, again=True), state)
+    notes.write(number, Told(*(i32(0),) * 3, i32(-1)))
 
 
 def _compute(schedule: Schedule, refs: tuple[Any, ...], scratch: Scratch, warpgroup: Any) -> None:
@@ -156,59 +157,51 @@ class Multiplier:
     pipeline: Pipeline
 
     def run(self) -> None:
-        flags, schedule = Flags(self.scratch.flags), self.schedule
-        first = self._load_next(i32(0), i32(0))
-        _, slot = schedule.visit(self._take, (first, i32(0)))
-        # Results that may be written again are written: no test would notice if they were not.
-        mgpu.wait_smem_to_gmem(0)
-        mgpu.barrier_arrive(self.scratch.decided)
-        mgpu.barrier_wait(self.scratch.decided)
-        flags.visit(schedule, self._take_again, (schedule.rounds, slot))
+        state = i32(0), self._load_next(i32(0)), i32(0)
+        lax.while_loop(lambda state: state[1].round >= i32(0), self._take, state)
         mgpu.wait_smem_to_gmem(0)
 
-    def _take(self, round_: Any, state: tuple[Told, Any]) -> tuple[Told, Any]:
-        told, slot = state
-        tile = self.schedule.tile(round_, told)
-        carry, slot, padding = self._walk(tile, slot, pin=True)
+    def _take(self, state: tuple[Any, Told, Any]) -> tuple[Any, Told, Any]:
+        """Takes the tile that a note tells of: its number, what it says and the next stage."""
+        number, told, slot = state
+        tile = self.schedule.tile(told.round, told)
+        carry, slot, padding = self._walk(tile, slot)
         good = _in_range(tile, carry, self.refs.out.dtype)
         if padding is not None:
             good |= padding
         self.mine.bad[...] = jnp.where(good, 0.0, 1.0)
         mgpu.commit_smem()  # all of the warpgroup have done with the query
-        following = round_ + i32(1)
-        told = lax.cond(
-            self.schedule.has(following),
-            lambda: self._load_next(following, following),
-            lambda: told,
-        )
-        number_bad = load_numbers(self.mine.bad, axis=1).sum()
-        bad = (number_bad > 0) & (tile.told.plain > i32(0))
-        Flags(self.scratch.flags).set(self.warpgroup, round_, bad)
-        self._store(tile, carry, padding)
-        return told, slot
+        rounds = self.schedule.rounds
+        again = number >= rounds
 
-    def _take_again(self, round_: Any, state: tuple[Any, Any]) -> tuple[Any, Any]:
-        number, slot = state
-        told = self._load_next(number, round_)
-        tile = self.schedule.tile(round_, told)
-        carry, slot, padding = self._walk(tile, slot, pin=False)
-        self._store(tile, carry, padding)
-        mgpu.commit_smem()  # all of the warpgroup have done with the query
-        return number + i32(1), slot
+        @pl.when(jnp.logical_not(again))
+        def _() -> None:
+            number_bad = load_numbers(self.mine.bad, axis=1).sum()
+            bad = (number_bad > 0) & (told.plain > i32(0))
+            Flags(self.scratch.flags).set(self.warpgroup, told.round, bad)
 
-    def _load_next(self, number: Any, round_: Any) -> Told:
-        """Asks for the queries of a tile. number: of its note."""
+        pl.when(number == rounds - i32(1))(lambda: mgpu.barrier_arrive(self.scratch.decided))
+        following = self._load_next(number + i32(1))
+        self._store(tile, carry, padding, again)
+        return number + i32(1), following, slot
+
+    def _load_next(self, number: Any) -> Told:
+        """Asks for the queries of the tile that a note tells of, if it does of any."""
         told = self.notes.take(number)
-        tile = self.schedule.tile(round_, told)
-        rows, ready = tile.rows(self.warpgroup), self.scratch.query_ready.at[self.warpgroup]
-        query = self.refs.query.at[tile.batch, rows, tile.head]
-        mgpu.copy_gmem_to_smem(query, self.mine.query, ready)
-        if self.refs.ids:
-            ids = self.refs.ids[0].at[tile.batch, rows]
-            mgpu.copy_gmem_to_smem(ids, self.mine.ids, ready)
+
+        @pl.when(told.round >= i32(0))
+        def _() -> None:
+            tile = self.schedule.tile(told.round, told)
+            rows, ready = tile.rows(self.warpgroup), self.scratch.query_ready.at[self.warpgroup]
+            query = self.refs.query.at[tile.batch, rows, tile.head]
+            mgpu.copy_gmem_to_smem(query, self.mine.query, ready)
+            if self.refs.ids:
+                ids = self.refs.ids[0].at[tile.batch, rows]
+                mgpu.copy_gmem_to_smem(ids, self.mine.ids, ready)
+
         return told
 
-    def _store(self, tile: QueryTile, carry: Carry, padding: jax.Array | None) -> None:
+    def _store(self, tile: QueryTile, carry: Carry, padding: jax.Array | None, again: Any) -> None:
         out, peak, sums = carry
         seen = sums != 0  # a NaN was seen too
         whole = jnp.where(seen, sums, 1.0)
@@ -219,6 +212,8 @@ class Multiplier:
             lse = jnp.where(padding, -jnp.inf, lse)
             out = hopper.blank(out, padding)
         mgpu.wait_smem_to_gmem(0, wait_read_only=True)  # of the tile before
+        # Results that are written again are written: no test would notice if they were not.
+        pl.when(again)(lambda: mgpu.wait_smem_to_gmem(0))
         self.mine.out[...] = out.astype(self.refs.out.dtype)
         self.mine.lse[...] = lse
         mgpu.commit_smem()
@@ -227,10 +222,10 @@ class Multiplier:
         mgpu.copy_smem_to_gmem(self.mine.out, self.refs.out.at[out_at])
         mgpu.copy_smem_to_gmem(self.mine.lse, self.refs.lse.at[lse_at])
 
-    def _walk(self, tile: QueryTile, slot: Any, pin: bool) -> tuple[Carry, Any, jax.Array | None]:
+    def _walk(self, tile: QueryTile, slot: Any) -> tuple[Carry, Any, jax.Array | None]:
         """Takes in all keys of a tile, from a stage on.
 
-        pin: the peak stays as it is after the steps with masks; otherwise none is left out.
+        The peak stays as it is after the steps with masks, which are all where it is taken again.
 
         Returns:
           Sums; the stage after the last; which rows do not count, None where all do.
@@ -253,11 +248,10 @@ class Multiplier:
         carry: Carry = zeros, hopper.per_row(LOWEST), hopper.per_row(0.0)
         plain = tile.told.plain
         slot, carry = lax.fori_loop(i32(0), tile.told.masked, attend_masked, (slot, carry))
-        if pin:
-            out, peak, sums = carry
-            carry = out, jnp.where(sums > 0, peak, 0.0), sums
-            pl.when(plain > i32(0))(lambda: self._wait_for_key(slot))
-            slot, carry = lax.fori_loop(i32(0), plain, attend_plain, (slot, carry))
+        out, peak, sums = carry
+        carry = out, jnp.where(sums > 0, peak, 0.0), sums
+        pl.when(plain > i32(0))(lambda: self._wait_for_key(slot))
+        slot, carry = lax.fori_loop(i32(0), plain, attend_plain, (slot, carry))
         self.turns.end(self.warpgroup)
         return carry, slot, padding
 

@@ -227,7 +227,7 @@ class Fetcher:
         """
         task = self.schedule.task(round_)
         steps = task.steps.number(everything=all_masked)
-        self.notes.write(number, Told(task.place, *steps))
+        self.notes.write(number, Told(task.place, *steps, round_))
         sides = self._sides(task)
         step = self.pipeline.feed(task.steps, sides, step, "masked", everything=all_masked)
         if all_masked:

@@ -185,13 +185,15 @@ class Task(NamedTuple):
 
 
 class Told(NamedTuple):
-    """What the warpgroups that multiply are told of a tile: its place, and how many of its steps
-    have a mask and how many none; int32.
+    """What the warpgroups that multiply are told of a tile: its place, how many of its steps have a
+    mask and how many none, and the round that it belongs to, negative where there are no more;
+    int32.
     """
 
     place: Any
     masked: Any
     plain: Any
+    round: Any
 
 
 class Rounds:
