@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as mgpu
 
-from pallas_kernels.block_lists import BlockLists
+from pallas_kernels.block_lists import MAX_COUNT, BlockLists
 from pallas_kernels.call import Arrays, Settings
-from pallas_kernels.hopper_tiles import FAR, LAYOUT, ROWS, Rounds, Steps, i32
+from pallas_kernels.hopper_tiles import FAR, LAYOUT, PROGRAM, ROWS, Steps, i32
+from pallas_kernels.lowering import multiprocessors
 from pallas_kernels.tiles import MOSAIC_ROWS
 
+_CHUNKS = 8  # that the programs of a multiprocessor have at least, so that they share work evenly
+_LARGEST_CHUNK = 8  # tiles
 
 class Piece(NamedTuple):
     """Neighbouring keys of a warpgroup: place among its own, position in the sequence (negative
@@ -127,9 +133,56 @@ class KeyTile:
         return self.refs["pattern_of_head"][self.batch, self.head(member)]
 
 
+class Chunks(NamedTuple):
+    """How the programs of a head share out its tiles, whose order is the longest first.
+
+    At first a tile each, `long` of them; then `several` of `size` neighbouring tiles; then one
+    each again. A program with several loads the next one's keys while it stores results, and its
+    tiles share queries; with one, all programs end at about the same time.
+    """
+
+    long: int
+    several: int
+    size: int
+    last: int
+
+    @classmethod
+    def of(cls, lists: BlockLists, heads: int) -> Chunks:
+        """heads: so many have such tiles."""
+        steps = _steps_of_rows(lists)
+        short = steps <= 2 * np.median(steps)
+        long = int(np.argmax(short)) if short.any() else len(steps)
+        rest, places = len(steps) - long, multiprocessors() / heads
+        size = int(np.clip(rest / places / _CHUNKS, 1, _LARGEST_CHUNK))
+        last = math.ceil(2 * size * places) if size > 1 else rest
+        several = max(0, rest - last) // size
+        return cls(long, several, size, rest - several * size)
+
+    @property
+    def programs(self) -> int:
+        return self.long + self.several + self.last
+
+    def tiles(self, program: Any) -> tuple[Any, Any]:
+        """The first tile of one of a head's programs, and how many it has."""
+        beyond = program - i32(self.long)
+        past = jnp.maximum(beyond - i32(self.several), i32(0))
+        inside = (beyond >= i32(0)) & (beyond < i32(self.several))
+        of_several = jnp.maximum(beyond - past, i32(0))
+        first = program + of_several * i32(self.size - 1)
+        return first, jnp.where(inside, i32(self.size), i32(1))
+
+
+def _steps_of_rows(lists: BlockLists) -> np.ndarray:
+    """Of the tiles of all patterns, in the order in which they are taken: their mean."""
+    counts = np.concatenate([[0], np.cumsum(np.asarray(lists.runs)[:, 1] & MAX_COUNT)])
+    tiles = np.diff(counts[np.asarray(lists.run_start)])
+    steps = tiles + -(-np.diff(np.asarray(lists.partial_start)) // lists.group)
+    return steps.reshape(-1, lists.num_tiles).mean(axis=0)
+
+
 @dataclasses.dataclass(frozen=True)
-class KeySchedule(Rounds):
-    """Which tiles each program takes: the longest of all heads first.
+class KeySchedule:
+    """Which tiles each program takes, those of a head one after the other.
 
     parts: into which the query heads of a key/value head are split.
     """
@@ -141,26 +194,42 @@ class KeySchedule(Rounds):
     kv_heads: int
     batch: int
     parts: int
+    chunks: Chunks
 
     @classmethod
     def of(cls, settings: Settings, lists: BlockLists, arrays: Arrays, parts: int) -> KeySchedule:
         batch, _, heads, _ = arrays["query"].shape
-        return cls({}, settings, lists, heads, arrays["key"].shape[2], batch, parts)
+        kv_heads = arrays["key"].shape[2]
+        chunks = Chunks.of(lists, kv_heads * parts * batch)
+        return cls({}, settings, lists, heads, kv_heads, batch, parts, chunks)
 
     def reading(self, refs: dict[str, Any]) -> KeySchedule:
         return dataclasses.replace(self, refs=refs)
 
     @property
-    def tiles(self) -> int:
-        return self.lists.num_tiles * self._sums * self.batch
+    def programs(self) -> int:
+        return self.chunks.programs * self._sums * self.batch
 
     @property
     def _sums(self) -> int:
         return self.kv_heads * self.parts
 
+    def visit(self, body: Callable[[Any, Any], Any], state: Any) -> Any:
+        """Calls `body(round, state) -> state` for each tile of this program."""
+        return lax.fori_loop(i32(0), self._place()[2], body, state)
+
+    def has(self, round_: Any) -> Any:
+        """Whether this program has so many tiles that one is left for a round."""
+        return round_ < self._place()[2]
+
     def tile(self, round_: Any) -> KeyTile:
-        number, heads = self.number(round_), i32(self._sums * self.batch)
-        rank, number = lax.div(number, heads), lax.rem(number, heads)
-        batch, sums = lax.div(number, i32(self._sums)), lax.rem(number, i32(self._sums))
+        head, first, _ = self._place()
+        batch, sums = lax.div(head, i32(self._sums)), lax.rem(head, i32(self._sums))
         kv_head, members = lax.div(sums, i32(self.parts)), self.heads // self._sums
+        rank = first + round_
         return KeyTile(self.refs, self.settings, self.lists, members, batch, kv_head, sums, rank)
+
+    def _place(self) -> tuple[Any, Any, Any]:
+        """Head, of all batch entries; first tile; how many tiles."""
+        number, heads = lax.axis_index(PROGRAM), i32(self._sums * self.batch)
+        return lax.rem(number, heads), *self.chunks.tiles(lax.div(number, heads))

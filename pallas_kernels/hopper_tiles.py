@@ -196,44 +196,8 @@ class Told(NamedTuple):
     round: Any
 
 
-class Rounds:
-    """Programs that take several tiles each, `tiles` in all, one after the other.
-
-    In each round all programs take one, in the order of their numbers or, every other round, the
-    other way round: where the longest tiles come first, none gets only long ones.
-    """
-
-    @property
-    def tiles(self) -> int:
-        raise NotImplementedError
-
-    @property
-    def programs(self) -> int:
-        return min(self.tiles, multiprocessors())
-
-    def visit(self, body: Callable[[Any, Any], Any], state: Any) -> Any:
-        """Calls `body(round, state) -> state` for each round in which this program has a tile."""
-        return lax.fori_loop(i32(0), self.rounds, body, state)
-
-    @property
-    def rounds(self) -> Any:
-        """In how many this program has a tile."""
-        whole = i32(self.tiles // self.programs)
-        return whole + jnp.where(self.has(whole), i32(1), i32(0))
-
-    def has(self, round_: Any) -> Any:
-        """Whether this program has a tile in a round."""
-        return self.number(round_) < i32(self.tiles)
-
-    def number(self, round_: Any) -> Any:
-        """Of the tile that this program takes in a round."""
-        mine, last = lax.axis_index(PROGRAM), i32(self.programs - 1)
-        mine = jnp.where(lax.rem(round_, i32(2)) > i32(0), last - mine, mine)
-        return round_ * i32(self.programs) + mine
-
-
 @dataclasses.dataclass(frozen=True)
-class Schedule(Rounds):
+class Schedule:
     """Which tiles a program takes, one after the other.
 
     So one tile's keys are on their way while another one's results are still being written. In each
@@ -262,6 +226,24 @@ class Schedule(Rounds):
     def tiles(self) -> int:
         return self.lists.num_tiles * self.heads * self.batch
 
+    @property
+    def programs(self) -> int:
+        return min(self.tiles, multiprocessors())
+
+    def visit(self, body: Callable[[Any, Any], Any], state: Any) -> Any:
+        """Calls `body(round, state) -> state` for each round in which this program has a tile."""
+        return lax.fori_loop(i32(0), self.rounds, body, state)
+
+    @property
+    def rounds(self) -> Any:
+        """In how many this program has a tile."""
+        whole = i32(self.tiles // self.programs)
+        return whole + jnp.where(self.has(whole), i32(1), i32(0))
+
+    def has(self, round_: Any) -> Any:
+        """Whether this program has a tile in a round."""
+        return self._number(round_) < i32(self.tiles)
+
     def task(self, round_: Any) -> Task:
         number, head, batch = self._place(round_)
         rank = lax.rem(number, i32(self.lists.num_tiles))
@@ -283,9 +265,15 @@ class Schedule(Rounds):
         lengths = length("q_length", self.q_len), length("kv_length", self.kv_len)
         return QueryTile(self.settings, self.lists, *lengths, head, batch, told)
 
+    def _number(self, round_: Any) -> Any:
+        """Of the tile that this program takes in a round."""
+        mine, last = lax.axis_index(PROGRAM), i32(self.programs - 1)
+        mine = jnp.where(lax.rem(round_, i32(2)) > i32(0), last - mine, mine)
+        return round_ * i32(self.programs) + mine
+
     def _place(self, round_: Any) -> tuple[Any, Any, Any]:
         """Number, head and batch entry of the tile of a round."""
-        number = self.number(round_)
+        number = self._number(round_)
         row = lax.div(number, i32(self.lists.num_tiles))
         return number, lax.rem(row, i32(self.heads)), lax.div(row, i32(self.heads))
 
