@@ -134,13 +134,15 @@ class KeyTile:
 
 
 class Chunks(NamedTuple):
-    """How the programs of a head share out its tiles, whose order is the longest first.
+    """How programs share out the tiles of each head, the longest of which come first.
 
-    At first a tile each, `long` of them; then `several` of `size` neighbouring tiles; then one
-    each again. A program with several loads the next one's keys while it stores results, and its
-    tiles share queries; with one, all programs end at about the same time.
+    `long` programs have one tile each; the next `several` have `size` each, and take neighbouring
+    ones at a time, whose queries are then in the cache; and the `last` one each again. A program
+    with several loads the next one's keys while it stores results; with one at the end, all
+    multiprocessors have done at about the same time.
     """
 
+    heads: int
     long: int
     several: int
     size: int
@@ -148,7 +150,7 @@ class Chunks(NamedTuple):
 
     @classmethod
     def of(cls, lists: BlockLists, heads: int) -> Chunks:
-        """heads: so many have such tiles."""
+        """heads: so many have such tiles, in all batch entries."""
         steps = _steps_of_rows(lists)
         short = steps <= 2 * np.median(steps)
         long = int(np.argmax(short)) if short.any() else len(steps)
@@ -156,20 +158,36 @@ class Chunks(NamedTuple):
         size = int(np.clip(rest / places / _CHUNKS, 1, _LARGEST_CHUNK))
         last = math.ceil(2 * size * places) if size > 1 else rest
         several = max(0, rest - last) // size
-        return cls(long, several, size, rest - several * size)
+        return cls(heads, long, several, size, rest - several * size)
 
     @property
     def programs(self) -> int:
-        return self.long + self.several + self.last
+        return self.heads * (self.long + self.several + self.last)
 
-    def tiles(self, program: Any) -> tuple[Any, Any]:
-        """The first tile of one of a head's programs, and how many it has."""
-        beyond = program - i32(self.long)
-        past = jnp.maximum(beyond - i32(self.several), i32(0))
-        inside = (beyond >= i32(0)) & (beyond < i32(self.several))
-        of_several = jnp.maximum(beyond - past, i32(0))
-        first = program + of_several * i32(self.size - 1)
-        return first, jnp.where(inside, i32(self.size), i32(1))
+    def place(self, program: Any, one_by_one: bool) -> Place:
+        """one_by_one: the long ones of all heads come by rank, and not head by head."""
+        starts = self.heads * self.long, self.heads * (self.long + self.several)
+        first, several = program < i32(starts[0]), program < i32(starts[1])
+
+        def choose(long: int, middle: int, last: int) -> Any:
+            return jnp.where(first, i32(long), jnp.where(several, i32(middle), i32(last)))
+
+        number = program - choose(0, *starts)
+        of_head = choose(max(1, self.long), max(1, self.several), max(1, self.last))
+        head, rank = lax.div(number, of_head), lax.rem(number, of_head)
+        if one_by_one:
+            head = jnp.where(first, lax.rem(number, i32(self.heads)), head)
+            rank = jnp.where(first, lax.div(number, i32(self.heads)), rank)
+        rank += choose(0, self.long, self.long + self.several * self.size)
+        return Place(head, rank, choose(1, self.size, 1))
+
+
+class Place(NamedTuple):
+    """Of a program: the head, of all batch entries; its first tile; and how many it has; int32."""
+
+    head: Any
+    rank: Any
+    tiles: Any
 
 
 def _steps_of_rows(lists: BlockLists) -> np.ndarray:
@@ -208,7 +226,7 @@ class KeySchedule:
 
     @property
     def programs(self) -> int:
-        return self.chunks.programs * self._sums * self.batch
+        return self.chunks.programs
 
     @property
     def _sums(self) -> int:
@@ -216,20 +234,19 @@ class KeySchedule:
 
     def visit(self, body: Callable[[Any, Any], Any], state: Any) -> Any:
         """Calls `body(round, state) -> state` for each tile of this program."""
-        return lax.fori_loop(i32(0), self._place()[2], body, state)
+        return lax.fori_loop(i32(0), self._place.tiles, body, state)
 
     def has(self, round_: Any) -> Any:
         """Whether this program has so many tiles that one is left for a round."""
-        return round_ < self._place()[2]
+        return round_ < self._place.tiles
 
     def tile(self, round_: Any) -> KeyTile:
-        head, first, _ = self._place()
+        head, first, _ = self._place
         batch, sums = lax.div(head, i32(self._sums)), lax.rem(head, i32(self._sums))
         kv_head, members = lax.div(sums, i32(self.parts)), self.heads // self._sums
-        rank = first + round_
+        rank = first + round_ * i32(self.chunks.several)
         return KeyTile(self.refs, self.settings, self.lists, members, batch, kv_head, sums, rank)
 
-    def _place(self) -> tuple[Any, Any, Any]:
-        """Head, of all batch entries; first tile; how many tiles."""
-        number, heads = lax.axis_index(PROGRAM), i32(self._sums * self.batch)
-        return lax.rem(number, heads), *self.chunks.tiles(lax.div(number, heads))
+    @property
+    def _place(self) -> Place:
+        return self.chunks.place(lax.axis_index(PROGRAM), self.lists.together == 1)
