@@ -161,8 +161,10 @@ class Multiplier:
         loaded = (mine.lse, mine.delta, mine.ids) if self.refs.ids else (mine.lse, mine.delta)
         numbers = [load_numbers(one, axis=0) for one in loaded]
         state = slot, hopper.zeros(mine.query.shape[-1])
-        add = functools.partial(self._add, tile, numbers, told.masked)
-        slot, sums = lax.fori_loop(i32(0), told.masked + told.plain, add, state)
+        for steps, masked in ((told.masked, True), (told.plain, False)):
+            add = functools.partial(self._add, tile, numbers, masked)
+            state = lax.fori_loop(i32(0), steps, add, state)
+        slot, sums = state
         if "q_length" in schedule.refs:
             sums = hopper.blank(sums, tile.padding(self.warpgroup))
         mgpu.commit_smem()  # all of the warpgroup have done with what it loaded
@@ -179,28 +181,24 @@ class Multiplier:
         return told, slot
 
     def _add(
-        self, tile: QueryTile, numbers: list[jax.Array], masked: Any, number: Any,
+        self, tile: QueryTile, numbers: list[jax.Array], masked: bool, _: Any,
         state: tuple[Any, jax.Array],
     ) -> tuple[Any, jax.Array]:  # fmt: skip
-        """Takes in the keys of a stage. numbers: LSE, delta and, if there are any, ids of rows.
-
-        masked: how many steps have a mask, the first ones.
-        """
+        """Takes in the keys of a stage. numbers: LSE, delta and, if there are any, ids of rows."""
         pipeline, settings, (slot, sums) = self.pipeline, self.schedule.settings, state
         lse, delta, *q_ids = numbers
         mgpu.barrier_wait(pipeline.key_ready.at[slot])
         mgpu.barrier_wait(pipeline.value_ready.at[slot])
-
-        def blank(scores: jax.Array) -> jax.Array:
-            kv_ids, ids = pipeline.ids_at(slot), q_ids[0] if q_ids else None
-            mask = tile.mask(pipeline.entries_at(slot), self.warpgroup, ids, kv_ids)
-            return jnp.where(mask, scores, -jnp.inf)
+        kv_ids = pipeline.ids_at(slot) if masked else None
 
         def grads_of_scores(products: Any, grad_weights: Any) -> jax.Array:
             mgpu.wgmma(products, self.mine.query, pipeline.key.at[slot].transpose((1, 0)))
             mgpu.wgmma(grad_weights, self.mine.grad_out, pipeline.value.at[slot].transpose((1, 0)))
             scores = mgpu.wgmma_accumulator_load(products, wait_n=1)
-            scores = lax.cond(number < masked, blank, lambda scores: scores, scores)
+            if masked:
+                entries, ids = pipeline.entries_at(slot), q_ids[0] if q_ids else None
+                mask = tile.mask(entries, self.warpgroup, ids, kv_ids)
+                scores = jnp.where(mask, scores, -jnp.inf)
             weights = jnp.exp2(scores * settings.exp2.scale - spread(lse, scores))
             weights = lax.optimization_barrier(weights)  # while the other product runs
             grads = mgpu.wgmma_accumulator_load(grad_weights, wait_n=0)

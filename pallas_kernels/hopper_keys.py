@@ -19,7 +19,7 @@ from pallas_kernels.hopper_tiles import FAR, LAYOUT, PROGRAM, ROWS, Steps, i32
 from pallas_kernels.lowering import multiprocessors
 from pallas_kernels.tiles import MOSAIC_ROWS
 
-_CHUNKS = 8  # that the programs of a multiprocessor have at least, so that they share work evenly
+_CHUNKS = 4  # that the programs of a multiprocessor have at least, so that they share work evenly
 _LARGEST_CHUNK = 8  # tiles
 
 class Piece(NamedTuple):
@@ -139,9 +139,11 @@ class Chunks(NamedTuple):
     `long` programs have one tile each; the next `several` have `size` each, and take neighbouring
     ones at a time, whose queries are then in the cache; and the `last` one each again. A program
     with several loads the next one's keys while it stores results; with one at the end, all
-    multiprocessors have done at about the same time.
+    multiprocessors have done at about the same time. by_rank: the long tiles come longest first,
+    whatever the head; otherwise those of a head come together, and share queries in the cache.
     """
 
+    by_rank: bool
     heads: int
     long: int
     several: int
@@ -151,21 +153,22 @@ class Chunks(NamedTuple):
     @classmethod
     def of(cls, lists: BlockLists, heads: int) -> Chunks:
         """heads: so many have such tiles, in all batch entries."""
-        steps = _steps_of_rows(lists)
+        steps, places = _steps_of_rows(lists), multiprocessors() / heads
         short = steps <= 2 * np.median(steps)
         long = int(np.argmax(short)) if short.any() else len(steps)
-        rest, places = len(steps) - long, multiprocessors() / heads
+        # The longest one of the last head begins when those of all other heads have begun.
+        by_rank = steps[0] > (steps[:long].sum() + steps[long:].sum() * heads) / multiprocessors()
+        rest = len(steps) - long
         size = int(np.clip(rest / places / _CHUNKS, 1, _LARGEST_CHUNK))
         last = math.ceil(2 * size * places) if size > 1 else rest
         several = max(0, rest - last) // size
-        return cls(heads, long, several, size, rest - several * size)
+        return cls(bool(by_rank), heads, long, several, size, rest - several * size)
 
     @property
     def programs(self) -> int:
         return self.heads * (self.long + self.several + self.last)
 
-    def place(self, program: Any, one_by_one: bool) -> Place:
-        """one_by_one: the long ones of all heads come by rank, and not head by head."""
+    def place(self, program: Any) -> Place:
         starts = self.heads * self.long, self.heads * (self.long + self.several)
         first, several = program < i32(starts[0]), program < i32(starts[1])
 
@@ -175,7 +178,7 @@ class Chunks(NamedTuple):
         number = program - choose(0, *starts)
         of_head = choose(max(1, self.long), max(1, self.several), max(1, self.last))
         head, rank = lax.div(number, of_head), lax.rem(number, of_head)
-        if one_by_one:
+        if self.by_rank:
             head = jnp.where(first, lax.rem(number, i32(self.heads)), head)
             rank = jnp.where(first, lax.div(number, i32(self.heads)), rank)
         rank += choose(0, self.long, self.long + self.several * self.size)
@@ -249,4 +252,4 @@ class KeySchedule:
 
     @property
     def _place(self) -> Place:
-        return self.chunks.place(lax.axis_index(PROGRAM), self.lists.together == 1)
+        return self.chunks.place(lax.axis_index(PROGRAM))
