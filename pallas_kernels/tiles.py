@@ -11,7 +11,7 @@ LEAST_MOSAIC_QUERIES = 32  # of a block, for dk/dv: copies of fewer numbers woul
 # Queries from which on steps of 128 keys are faster in dq, and Mosaic's dk/dv than Triton's, by
 # head dim: on an H200.
 LEAST_MOSAIC_ROWS = {
-    ("wide dq", 64): 8192, ("wide dq", 128): 16384, ("dkv", 64): 65536, ("dkv", 128): 16384,
+    ("wide dq", 64): 8192, ("wide dq", 128): 16384, ("dkv", 64): 65536, ("dkv", 128): 8192,
 }  # fmt: skip
 _HOPPER_SHARED_BYTES = 227 << 10  # of a program
 
