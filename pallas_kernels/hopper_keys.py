@@ -22,6 +22,7 @@ from pallas_kernels.tiles import MOSAIC_ROWS
 _CHUNKS = 4  # that the programs of a multiprocessor have at least, so that they share work evenly
 _LARGEST_CHUNK = 8  # tiles
 
+
 class Piece(NamedTuple):
     """Neighbouring keys of a warpgroup: place among its own, position in the sequence (negative
     where there are none), and how many.

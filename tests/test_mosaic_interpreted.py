@@ -9,6 +9,7 @@ from jax.sharding import AxisType
 
 import s2_jax
 from pallas_kernels import hopper_forward, hopper_tiles
+from pallas_kernels.hopper_keys import Chunks
 from s2_jax import Tile, TileConfig
 from tests.calls import AttentionCall, assert_padding_reaches_nothing, check
 from tests.draws import mosaic_calls
@@ -71,11 +72,19 @@ CALLS = {
 }
 
 
+def in_pairs(lists, heads):
+    """Of dk/dv's tiles: two a program, but for the first one and what is left."""
+    rest = lists.num_tiles - 1
+    return Chunks(False, heads, 1, rest // 2, 2, rest % 2)
+
+
 @pytest.fixture(autouse=True)
 def over_one_device(monkeypatch):
     """Nothing is split there, and no rule for that is asked of the interpreter."""
     mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
-    monkeypatch.setattr(hopper_tiles, "multiprocessors", lambda: 2)  # each takes several tiles
+    # Each program takes several tiles.
+    monkeypatch.setattr(hopper_tiles, "multiprocessors", lambda: 2)
+    monkeypatch.setattr(Chunks, "of", in_pairs)
     with jax.set_mesh(mesh):
         yield
 
