@@ -37,7 +37,7 @@ def register(name, max_examples):
     )
 
 
-register("default", 3)
+register("default", 2)
 register("gpu", 10)
 settings.register_profile("deep", max_examples=80, deadline=None, print_blob=True)
 settings.load_profile("default")  # --hypothesis-profile comes after this

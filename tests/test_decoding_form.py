@@ -231,14 +231,13 @@ def test_imported_checkpoints(name):
     assert_same(in_chunks(config, decoding, ids, "evicting"), nnx.jit(model)(ids))
 
 
-@pytest.mark.parametrize(("rows", "temperature"), [(1, 0.0), (3, 0.9)])
-def test_a_generator_writes_the_same(rows, temperature):
-    settings = GeneratorConfig(max_length=LONGEST, rows=rows, steps=5, chunk=29)
+def test_a_generator_writes_the_same():
+    settings = GeneratorConfig(max_length=LONGEST, rows=1, steps=5, chunk=29)
     prompts = [tokens(1, length)[0].tolist() for length in (41, 3, 60)]
     model = make()
     found, expected = (
         Generator(CONFIG, each, settings).generate(
-            prompts, max_tokens=17, sampling=Sampling(temperature=temperature)
+            prompts, max_tokens=17, sampling=Sampling(temperature=0.9)
         )
         for each in (for_decoding(model), model)
     )

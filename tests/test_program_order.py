@@ -61,8 +61,8 @@ def test_long_columns_are_begun_early_and_share_the_cache():
     assert together(65536, heads=8) == 1
 
 
-@pytest.mark.parametrize("multiprocessors", [1, 16, 132])
-@pytest.mark.parametrize("heads", [1, 3, 32, 128])
+@pytest.mark.parametrize("multiprocessors", [1, 132])
+@pytest.mark.parametrize("heads", [3, 32])
 @pytest.mark.parametrize(
     ("pattern", "length"),
     [
