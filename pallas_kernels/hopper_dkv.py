@@ -1,9 +1,9 @@
 """The dk/dv kernel on Hopper: see hopper.py.
 
-A program has 128 keys of a head, 64 a warpgroup, and takes 128 queries a step. Its sums fill more
-than half of the registers, and ptxas waits for each product by itself where the rest does not do:
-weights are kept as what the products take, gradients of scores made for half of the queries at a
-time, and masks in a branch of the one loop.
+A program has 128 keys of a head at a time, 64 a warpgroup, and takes 128 queries a step. Its sums
+fill more than half of the registers, and ptxas waits for each product by itself where the rest does
+not do: weights are kept as what the products take, gradients of scores made for half of the queries
+at a time, and masks in a branch of the one loop.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ class Fetcher:
 
 @dataclasses.dataclass(frozen=True)
 class Multiplier:
-    """A warpgroup that multiplies, for one of its tiles."""
+    """A warpgroup that multiplies. tile: the one that it is at, the first one for `run`."""
 
     schedule: KeySchedule
     warpgroup: Any

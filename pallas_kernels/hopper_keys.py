@@ -19,7 +19,7 @@ from pallas_kernels.hopper_tiles import FAR, LAYOUT, PROGRAM, ROWS, Steps, i32
 from pallas_kernels.lowering import multiprocessors
 from pallas_kernels.tiles import MOSAIC_ROWS
 
-_CHUNKS = 4  # that the programs of a multiprocessor have at least, so that they share work evenly
+_CHUNKS = 4  # of a multiprocessor's short tiles, at least; two go one by one in the end
 _LARGEST_CHUNK = 8  # tiles
 
 
@@ -155,8 +155,7 @@ class Chunks(NamedTuple):
     def of(cls, lists: BlockLists, heads: int) -> Chunks:
         """heads: so many have such tiles, in all batch entries."""
         steps, places = _steps_of_rows(lists), multiprocessors() / heads
-        short = steps <= 2 * np.median(steps)
-        long = int(np.argmax(short)) if short.any() else len(steps)
+        long = int(np.argmax(steps <= 2 * np.median(steps)))  # before the first that is not
         # The longest one of the last head begins when those of all other heads have begun.
         by_rank = steps[0] > (steps[:long].sum() + steps[long:].sum() * heads) / multiprocessors()
         rest = len(steps) - long
@@ -170,6 +169,7 @@ class Chunks(NamedTuple):
         return self.heads * (self.long + self.several + self.last)
 
     def place(self, program: Any) -> Place:
+        """What a program has; its further tiles are `several` from each other."""
         starts = self.heads * self.long, self.heads * (self.long + self.several)
         first, several = program < i32(starts[0]), program < i32(starts[1])
 

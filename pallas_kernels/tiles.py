@@ -8,8 +8,8 @@ from typing import Literal
 TILE_SIZES = (16, 32, 64, 128)
 MOSAIC_ROWS = 128  # queries, or keys of dk/dv, of a program that Mosaic lowers
 LEAST_MOSAIC_QUERIES = 32  # of a block, for dk/dv: copies of fewer numbers would not be aligned
-# Queries from which on steps of 128 keys are faster in dq, and Mosaic's dk/dv than Triton's, by
-# head dim: on an H200.
+# Queries from which on steps of 128 keys are faster in dq, and Mosaic's dk/dv as fast as Triton's
+# (of groups faster), by head dim: on an H200.
 LEAST_MOSAIC_ROWS = {
     ("wide dq", 64): 8192, ("wide dq", 128): 16384, ("dkv", 64): 65536, ("dkv", 128): 8192,
 }  # fmt: skip
@@ -167,8 +167,8 @@ def pick_tiles(
             forward=Tile(128, *((64, 8, 4) if cut_short else (128, 8, 2)), lowering="mosaic"),
             dq=Tile(128, *((128, 8, 2) if wide else (64, 8, 3)), lowering="mosaic"),
         )
-        # In shorter rows a program of its dk/dv has too few steps to make up for its start; of
-        # padded ones it wants copies without what is in the padding.
+        # In shorter rows a tile of its dk/dv has too few steps to make up for its start; of padded
+        # ones it wants copies without what is in the padding.
         long = rows >= LEAST_MOSAIC_ROWS["dkv", dim] and not padded
         if gathers and block_size >= LEAST_MOSAIC_QUERIES and long:
             stages = 4 if head_dim == 64 else 2

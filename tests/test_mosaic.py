@@ -10,6 +10,7 @@ from hypothesis import given
 
 import s2_jax
 from pallas_kernels import tiles
+from pallas_kernels.hopper_keys import Chunks
 from s2_jax import Tile, TileConfig
 from tests.calls import AttentionCall, _dense, assert_padding_reaches_nothing, check
 from tests.draws import mosaic_calls
@@ -151,6 +152,24 @@ def attention(implementation=None, pattern=S2, **options):
 @needs_mosaic
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
 def test_agrees_with_the_oracle(call):
+    check(call, "mosaic")
+
+
+@pytest.mark.gpu
+@needs_mosaic
+@pytest.mark.parametrize("by_rank", [False, True])
+@pytest.mark.parametrize(
+    "name", ["groups", "many-tiles-packed", "many-blocks", "one-group", "padded-by-all-three"]
+)
+def test_programs_of_several_key_tiles(name, by_rank, monkeypatch):
+    # A scale of its own: what was traced at others is kept, with other programs.
+    call = dataclasses.replace(CALLS[name], scale=0.21 + by_rank / 100)
+
+    def of(lists, heads):
+        several, last = divmod(lists.num_tiles - 1, 3)
+        return Chunks(by_rank, heads, 1, several, 3, last)
+
+    monkeypatch.setattr(Chunks, "of", of)
     check(call, "mosaic")
 
 

@@ -72,10 +72,14 @@ CALLS = {
 }
 
 
-def in_pairs(lists, heads):
-    """Of dk/dv's tiles: two a program, but for the first one and what is left."""
-    rest = lists.num_tiles - 1
-    return Chunks(False, heads, 1, rest // 2, 2, rest % 2)
+def chunks_of(size, by_rank=False):
+    """Of dk/dv's tiles so many a program, but for the first one and what is left."""
+
+    def of(lists, heads):
+        several, last = divmod(lists.num_tiles - 1, size)
+        return Chunks(by_rank, heads, 1, several, size, last)
+
+    return of
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +88,7 @@ def over_one_device(monkeypatch):
     mesh = jax.make_mesh((1,), ("x",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
     # Each program takes several tiles.
     monkeypatch.setattr(hopper_tiles, "multiprocessors", lambda: 2)
-    monkeypatch.setattr(Chunks, "of", in_pairs)
+    monkeypatch.setattr(Chunks, "of", chunks_of(2))
     with jax.set_mesh(mesh):
         yield
 
@@ -105,6 +109,12 @@ def test_small_float16_weights_keep_their_digits():
 def test_tiles_that_share_a_flag_are_all_taken_again(monkeypatch):
     monkeypatch.setattr(hopper_forward, "_FLAGS", 2)
     check(dataclasses.replace(CALLS["beyond-the-peak"], q_len=640, kv_len=640), "interpret")
+
+
+def test_programs_of_several_key_tiles_in_any_order(monkeypatch):
+    monkeypatch.setattr(Chunks, "of", chunks_of(3, by_rank=True))
+    call = dataclasses.replace(BASE, pattern=s2_jax.local_stride(1, 6), q_len=1024, kv_len=1024)
+    check(call, "interpret")
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS.keys())
