@@ -11,7 +11,7 @@ import re
 import jax
 import pytest
 
-from pallas_kernels import hopper_tiles, lowering, tiles
+from pallas_kernels import hopper_keys, hopper_tiles, lowering, tiles
 from tests.test_mosaic import CALLS
 
 pytestmark = pytest.mark.ptxas
@@ -71,7 +71,8 @@ def test_products_are_not_serialized_and_registers_suffice(name, device, message
     monkeypatch.setattr(lowering, "target_platform", lambda: "cuda")
     monkeypatch.setattr(lowering, "compute_capability", lambda: 90)
     monkeypatch.setattr(lowering, "compiler_errs", lambda: False)
-    monkeypatch.setattr(hopper_tiles, "multiprocessors", lambda: 132)
+    for module in (hopper_tiles, hopper_keys):
+        monkeypatch.setattr(module, "multiprocessors", lambda: 132)
     before = set(messages.glob("*.ptxas"))
     with jax.default_device(device):
         CALLS[name].staged("mosaic").lower(lowering_platforms=("cuda",)).compile()
