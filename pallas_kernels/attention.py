@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from pallas_kernels.backward import dkv, dq
+from pallas_kernels.backward import all_three, dkv, dq
 from pallas_kernels.call import Arrays, Settings
 from pallas_kernels.forward import forward
 from pallas_kernels.lowering import vary_alike
@@ -83,9 +83,13 @@ def _backward_rule(static: Portable, residuals: Any, grads: tuple[jax.Array, jax
         delta = jnp.where(unseeing, 0.0, jnp.swapaxes(delta, 1, 2) - grad_lse)
         arrays = static.arrays(inputs, tokens) | {"grad_out": grad_out, "delta": delta}
         arrays["lse"] = jnp.where(unseeing, jnp.inf, lse)
-        grad_query = KernelCall(dq, settings, ("query",))(arrays, settings.layouts.dq().arrays)
-        grad_kv = KernelCall(dkv, settings, ("key", "value"), sums_heads=True)
-        return *grad_query, *grad_kv(arrays, settings.layouts.dkv().arrays)
+        results, kernel = ("query", "key", "value"), all_three
+        grad_query: tuple[jax.Array, ...] = ()
+        if settings.tiles.dq is not None:
+            grad_query = KernelCall(dq, settings, ("query",))(arrays, settings.layouts.dq().arrays)
+            results, kernel = ("key", "value"), dkv
+        rest = KernelCall(kernel, settings, results, summed=("key", "value"))
+        return *grad_query, *rest(arrays, settings.layouts.dkv().arrays)
 
     def elsewhere(*operands: Any) -> tuple[jax.Array, ...]:
         inputs, tokens, _, _, grads = operands

@@ -7,7 +7,7 @@ belongs to one program, which adds in a fixed order: the gradients are the same 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -163,6 +163,7 @@ def dq(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Arr
         query that saw nothing it is +inf, so that its weights are zeros.
       delta: float32 `[batch, heads, q_len]`, the sum of `grad_out * out` less the LSE's gradient.
     """
+    assert settings.tiles.dq is not None
     if settings.tiles.dq.lowering == "mosaic":
         from pallas_kernels import hopper_dq  # slow to import, and not in every JAX
 
@@ -202,6 +203,28 @@ def dq(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Arr
 
 def dkv(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Array, jax.Array]:
     """The gradients of key and value; arguments as for `dq`."""
+    if settings.tiles.dkv.lowering == "mosaic":
+        from pallas_kernels.hopper_dkv import dkv as run  # slow to import, and not in every JAX
+    else:
+        run = _dkv
+    grad_key, grad_value = _summed(run, settings, arrays, list_arrays)
+    return grad_key, grad_value
+
+
+def all_three(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Array, ...]:
+    """The gradients of query, key and value by one kernel; arguments as for `dq`."""
+    from pallas_kernels.hopper_backward import backward
+
+    return _summed(backward, settings, arrays, list_arrays)
+
+
+def _summed(
+    run: Callable[..., Sequence[jax.Array]],
+    settings: Settings,
+    arrays: Arrays,
+    list_arrays: Arrays,
+) -> tuple[jax.Array, ...]:
+    """What a kernel makes, the last two the gradients of key and value, for each head of those."""
     query, key, value = (arrays[name] for name in _INPUTS[:3])
     batch, _, num_heads, _ = query.shape
     kv_heads, lists = key.shape[2], settings.layouts.dkv()
@@ -212,16 +235,14 @@ def dkv(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Ar
         jax.ShapeDtypeStruct((*x.shape[:2], kv_heads * parts, x.shape[-1]), dtype)
         for x, dtype in zip((key, value), dtypes, strict=True)
     ]
-    if settings.tiles.dkv.lowering == "mosaic":
-        from pallas_kernels.hopper_dkv import dkv as run  # slow to import, and not in every JAX
-    else:
-        run = _dkv
-    sums = run(settings, arrays, list_arrays, out_shape)
+    *others, grad_key, grad_value = run(settings, arrays, list_arrays, out_shape)
     if parts == 1:
-        return sums[0], sums[1]
-    wholes = (x.reshape(*key.shape[:3], parts, x.shape[-1]).sum(axis=3) for x in sums)
-    dk, dv = (x.astype(dtype) for x, dtype in zip(wholes, (key.dtype, value.dtype), strict=True))
-    return dk, dv
+        return *others, grad_key, grad_value
+    wholes = (
+        x.reshape(*key.shape[:3], parts, x.shape[-1]).sum(axis=3) for x in (grad_key, grad_value)
+    )
+    dtypes = key.dtype, value.dtype
+    return *others, *(x.astype(dtype) for x, dtype in zip(wholes, dtypes, strict=True))
 
 
 def _dkv(

@@ -54,13 +54,13 @@ def shard_over_explicit_axes(
     arrays: Arrays,
     lists: Arrays,
     *,
-    sums_heads: bool,
+    summed: Sequence[str],
 ) -> tuple[jax.Array, ...]:
     """`function(arrays, lists)` on what each device holds.
 
     The query says how batch and heads are split, and the rest follows it. axes: of each array,
-    by name. results: names of arrays that each result is like. sums_heads: each result is a sum
-    over the query heads of a group.
+    by name. results: names of arrays that each result is like. summed: those of them that are sums over
+    the query heads of a group.
 
     Raises:
       ValueError: an array is split along its tokens or its head dim, or the heads over more
@@ -94,12 +94,9 @@ def shard_over_explicit_axes(
             name: lax.dynamic_slice_in_dim(arrays[name], start, needed, axis=arrays[name].ndim - 2)
             for name in ("key", "value")
         }
-        found = function(held, lists)
-        if not sums_heads:
-            return found
         return tuple(
-            lax.psum(_put(arrays[name], part, start), heads)
-            for name, part in zip(results, found, strict=True)
+            lax.psum(_put(arrays[name], part, start), heads) if name in summed else part
+            for name, part in zip(results, function(held, lists), strict=True)
         )
 
     in_specs = ({name: spec_of(name) for name in arrays}, {name: P() for name in lists})

@@ -11,6 +11,7 @@ arXiv 2407.08608, section 3.1).
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -35,7 +36,7 @@ from pallas_kernels.lowering import hide_varying
 from pallas_kernels.tiles import MOSAIC_ROWS
 
 # Registers of a thread that multiplies, and of one that fetches; all threads together have 65536.
-_MANY_REGISTERS, _FEW_REGISTERS = 240, 24
+_REGISTERS = 240, 24
 _WARPGROUP = "s2_warpgroup"
 Buffers = TypeVar("Buffers", bound=NamedTuple)
 
@@ -139,13 +140,18 @@ def call(
     named: Arrays,
     out_shape: Sequence[jax.ShapeDtypeStruct],
     scratch: Any,
+    registers: tuple[int, int] = _REGISTERS,
+    sums: jax.Array | None = None,
 ) -> list[jax.Array]:
     """Runs a kernel: `compute` in two warpgroups, `fetch` in a third.
 
     Both are called with the schedule, what `operands` and the results are as refs, and the scratch;
     `compute` also with the number of its warpgroup. named: what the schedule reads, by name.
+    registers: of a thread that computes, and of one that fetches. sums: what the kernel adds to;
+    comes as a ref before all others, and back before the results.
     """
-    number, interpret = len(operands), schedule.settings.launcher == "interpret"
+    number = len(operands) + (sums is not None)
+    interpret = schedule.settings.launcher == "interpret"
 
     def body(refs: tuple[Any, ...], scratch: Any) -> None:
         lists_at = dict(zip(named, refs[number : number + len(named)], strict=True))
@@ -156,30 +162,47 @@ def call(
         @pl.when(warpgroup < i32(WARPGROUPS))
         def _() -> None:
             if not interpret:
-                mgpu.set_max_registers(_MANY_REGISTERS, action="increase")
+                mgpu.set_max_registers(registers[0], action="increase")
             compute(mine, sides, scratch, warpgroup)
 
         @pl.when(warpgroup == i32(WARPGROUPS))
         def _() -> None:
             if not interpret:
-                mgpu.set_max_registers(_FEW_REGISTERS, action="decrease")
+                mgpu.set_max_registers(registers[1], action="decrease")
             fetch(mine, sides, scratch)
 
-    def kernel(*refs: Any) -> None:
-        pl.run_scoped(lambda scratch: body(refs, scratch), scratch, collective_axes=_WARPGROUP)
+    def run(sums: tuple[Any, ...], *arrays: jax.Array) -> list[jax.Array]:
+        """sums: refs."""
 
-    kernel.__name__ = name
-    run = mgpu.kernel(
-        kernel,
-        out_type=list(out_shape),
-        grid=(schedule.programs,),
-        grid_names=(PROGRAM,),
-        num_threads=WARPGROUPS + 1,
-        thread_name=_WARPGROUP,
-        interpret=_interpreter() if interpret else None,
-        compiler_params=mgpu.CompilerParams(approx_math=True),
-    )
-    return hide_varying(run)(*operands, *named.values())
+        def kernel(*refs: Any) -> None:
+            pl.run_scoped(
+                lambda scratch: body((*sums, *refs), scratch), scratch, collective_axes=_WARPGROUP
+            )
+
+        kernel.__name__ = name
+        return mgpu.kernel(  # type: ignore[no-any-return]
+            kernel,
+            out_type=list(out_shape),
+            grid=(schedule.programs,),
+            grid_names=(PROGRAM,),
+            num_threads=WARPGROUPS + 1,
+            thread_name=_WARPGROUP,
+            interpret=_interpreter() if interpret else None,
+            compiler_params=mgpu.CompilerParams(approx_math=True),
+        )(*arrays)
+
+    def adding(sums: jax.Array, *arrays: jax.Array) -> list[jax.Array]:
+        def state(refs: list[Any]) -> None:
+            for ref, result in zip(refs[1:], run((refs[0],), *arrays), strict=True):
+                ref[...] = result
+
+        empty = [lax.empty(out.shape, out.dtype) for out in out_shape]
+        return pl.run_state(state)([sums, *empty])  # type: ignore[no-any-return]
+
+    arrays = (*operands, *named.values())
+    if sums is not None:
+        return hide_varying(adding)(sums, *arrays)
+    return hide_varying(functools.partial(run, ()))(*arrays)
 
 
 def _interpreter() -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -38,11 +39,13 @@ class KeyTile:
     """The keys of one head that a program has, for some of the query heads that share it.
 
     refs: of the lists, by name. members: so many query heads. sums: which of their sums it is.
+    kv_length: keys from here on do not count.
     """
 
     refs: dict[str, Any]
     settings: Settings
     lists: BlockLists
+    kv_length: Any
     members: int
     batch: Any
     kv_head: Any
@@ -56,7 +59,9 @@ class KeyTile:
         if "spans" in self.refs:
             spans = self.refs["spans"]
             matters = spans[self.batch, row, i32(0)], spans[self.batch, row, i32(1)]
-        return Steps(self.refs, self.lists, self.batch, row, matters)
+        # From the end, which all keys of a head have in common: programs that begin together then
+        # find each other's queries in the cache.
+        return Steps(self.refs, self.lists, self.batch, row, matters, backwards=True)
 
     def head(self, member: Any) -> Any:
         """Of all query heads, one of its own."""
@@ -72,8 +77,18 @@ class KeyTile:
             pieces.append(Piece(place, jnp.where(part < 0, i32(-FAR), position), size))
         return pieces
 
+    @property
+    def whole(self) -> Any:
+        """Whether all of them exist and count."""
+        parts = [self._part_at(i32(number)) for number in range(self.lists.rows)]
+        last = functools.reduce(jnp.maximum, parts)
+        exist = functools.reduce(jnp.minimum, parts) >= 0
+        return exist & ((last + i32(1)) * i32(self._part) <= self.kv_length)
+
     def positions(self) -> jax.Array:
-        """Of all of them, int32 `[128]`, one a thread of a warpgroup."""
+        """Of all of them, int32 `[128]`, one a thread of a warpgroup. Of keys that do not count,
+        one that no query sees.
+        """
         layout = mgpu.Layout.WG_STRIDED((MOSAIC_ROWS,), vec_size=1)
         lane = mgpu.broadcasted_iota(jnp.int32, (MOSAIC_ROWS,), 0, layout=layout)
         positions = lane
@@ -81,7 +96,8 @@ class KeyTile:
             of_part = lane + (self._part_at(i32(number)) - i32(number)) * i32(self._part)
             here = lax.div(lane, i32(self._part)) == i32(number)
             positions = jnp.where(here, of_part, positions)
-        return positions
+        counts = (positions >= 0) & (positions < self.kv_length)
+        return jnp.where(counts, positions, i32(FAR + self.settings.q_limit))
 
     def mask(
         self, queries: jax.Array, positions: jax.Array, warpgroup: Any, q_ids: Any, kv_ids: Any
@@ -214,6 +230,7 @@ class KeySchedule:
     lists: BlockLists
     heads: int
     kv_heads: int
+    kv_len: int
     batch: int
     parts: int
     chunks: Chunks
@@ -221,9 +238,9 @@ class KeySchedule:
     @classmethod
     def of(cls, settings: Settings, lists: BlockLists, arrays: Arrays, parts: int) -> KeySchedule:
         batch, _, heads, _ = arrays["query"].shape
-        kv_heads = arrays["key"].shape[2]
+        _, kv_len, kv_heads, _ = arrays["key"].shape
         chunks = Chunks.of(lists, kv_heads * parts * batch)
-        return cls({}, settings, lists, heads, kv_heads, batch, parts, chunks)
+        return cls({}, settings, lists, heads, kv_heads, kv_len, batch, parts, chunks)
 
     def reading(self, refs: dict[str, Any]) -> KeySchedule:
         return dataclasses.replace(self, refs=refs)
@@ -249,7 +266,12 @@ class KeySchedule:
         batch, sums = lax.div(head, i32(self._sums)), lax.rem(head, i32(self._sums))
         kv_head, members = lax.div(sums, i32(self.parts)), self.heads // self._sums
         rank = first + round_ * i32(self.chunks.several)
-        return KeyTile(self.refs, self.settings, self.lists, members, batch, kv_head, sums, rank)
+        kv_length = i32(self.kv_len)
+        if "kv_length" in self.refs:
+            kv_length = jnp.minimum(self.refs["kv_length"][batch], kv_length)
+        return KeyTile(
+            self.refs, self.settings, self.lists, kv_length, members, batch, kv_head, sums, rank
+        )
 
     @property
     def _place(self) -> Place:

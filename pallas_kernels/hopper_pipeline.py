@@ -102,14 +102,14 @@ class Pipeline:
         dims: tuple[int, int],
         dtype: Any,
         segments: bool,
-        numbers: int = 0,
+        numbers: tuple[int, int] = (0, 0),
     ) -> tuple[Any, ...]:
-        """numbers: arrays of one number a token that come with each of the two."""
+        """numbers: how many arrays of one number a token come with each of the two."""
         group, tokens = lists.group, lists.group * lists.unit
         entries_ready = mgpu.Barrier(num_arrivals=1, num_barriers=stages)
         key_ready, value_ready = (
             mgpu.Barrier(num_arrivals=group * copies, num_barriers=stages)
-            for copies in (1 + numbers + segments, 1 + numbers)
+            for copies in (1 + numbers[0] + segments, 1 + numbers[1])
         )
         used = mgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages)
         tiles = [shared((stages, tokens, dim), dtype) for dim in dims]
@@ -175,32 +175,49 @@ class Pipeline:
 
         part: of the steps. everything: all of them have a mask. origin: position of row 0.
         """
-        size = self.lists.unit
 
         def fetch(at: At, step: Any) -> Any:
-            slot = lax.rem(step, i32(self.stages))
-            units = [at(place) for place in range(self.lists.group)]
-            for side in sides:
-
-                @pl.when(step >= i32(self.stages))
-                def _(used: Any = side.used) -> None:
-                    mgpu.barrier_wait(used.at[slot])
-
-                if side is sides[0] and part == "masked":
-                    self._write_down(slot, units)
-                for place, (unit, _, _) in enumerate(units):
-                    first = unit * i32(size)
-                    tokens = pl.ds(first - i32(origin) if origin else first, size)
-                    rows = pl.ds(place * size, size)
-                    for source, target in side.copies:
-                        mgpu.copy_gmem_to_smem(
-                            source(tokens), target.at[slot, rows], side.ready.at[slot]
-                        )
+            self.fetch(self.units(at), sides, step, masked=part == "masked", origin=origin)
             return step + i32(1)
 
         if part == "masked":
             return steps.visit_masked(fetch, step, everything=everything)
         return steps.visit_plain(fetch, step)
+
+    def units(self, at: At) -> list[tuple[Any, Any, Any]]:
+        return [at(place) for place in range(self.lists.group)]
+
+    def fetch(
+        self, units: list[tuple[Any, Any, Any]], sides: tuple[Side, Side], step: Any,
+        masked: Any, origin: int,
+    ) -> None:  # fmt: skip
+        """Fetches what a step takes, as soon as there is room. units: as `At` says of each. masked:
+        whether it has a mask.
+        """
+        slot = lax.rem(step, i32(self.stages))
+        for side in sides:
+
+            @pl.when(step >= i32(self.stages))
+            def _(used: Any = side.used) -> None:
+                mgpu.barrier_wait(used.at[slot])
+
+            if side is sides[0] and masked is not False:
+                pl.when(masked)(lambda: self._write_down(slot, units))
+            for place, (unit, _, _) in enumerate(units):
+                tokens, rows = self.tokens(unit, origin), self.rows(place)
+                for source, target in side.copies:
+                    mgpu.copy_gmem_to_smem(
+                        source(tokens), target.at[slot, rows], side.ready.at[slot]
+                    )
+
+    def tokens(self, unit: Any, origin: int) -> Any:
+        """Those of a unit, of the array whose row 0 has the position `origin`."""
+        first = unit * i32(self.lists.unit)
+        return pl.ds(first - i32(origin) if origin else first, self.lists.unit)
+
+    def rows(self, place: int) -> Any:
+        """Where the unit at a place stands in a stage."""
+        return pl.ds(place * self.lists.unit, self.lists.unit)
 
 
 class KeyRefs(NamedTuple):

@@ -59,3 +59,35 @@ def product(weights: jax.Array, grads: jax.Array, raised: int) -> jax.Array:
         return FragmentedArray(_registers=products, _layout=weights.layout, _is_signed=None)
 
     return multiply(weights, grads)
+
+
+def rounded(numbers: jax.Array, factors: jax.Array, interpreted: bool) -> jax.Array:
+    """numbers * factors, rounded to the nearest int32, of NaN zero."""
+    if interpreted:
+        return jnp.nan_to_num(jnp.round(numbers * factors)).astype(jnp.int32)
+    text = "{ .reg .f32 x; mul.f32 x, $1, $2; cvt.rni.s32.f32 $0, x; }"
+
+    @mgpu.inline_mgpu(
+        arg_types=(LAYOUT, LAYOUT),
+        return_type=mgpu.ShapeDtypeStruct(numbers.shape, jnp.int32, layout=LAYOUT),
+    )
+    def convert(_: Any, numbers: Any, factors: Any) -> Any:
+        i32_type = ir.IntegerType.get_signless(32)
+        pair = ir.VectorType.get((2,), i32_type)
+        made = np.empty_like(numbers.registers)
+
+        def element(register: Any, number: int) -> Any:
+            at = ir.DenseI64ArrayAttr.get([number])
+            return vector.extract(register, dynamic_position=[], static_position=at)
+
+        for place, (two, by) in enumerate(
+            zip(numbers.registers.flat, factors.registers.flat, strict=True)
+        ):
+            words = [
+                llvm.inline_asm(i32_type, [element(two, n), element(by, n)], text, "=r,f,f")
+                for n in range(2)
+            ]
+            made.flat[place] = vector.from_elements(pair, words)
+        return FragmentedArray(_registers=made, _layout=numbers.layout, _is_signed=True)
+
+    return convert(numbers, factors)

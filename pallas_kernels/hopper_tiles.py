@@ -42,7 +42,7 @@ class Steps:
     """The tiles of keys that a program takes, each one step: those with masks first.
 
     refs: of `BlockLists`, by name. matters: the units of the row that do, where only a part of it
-    does, as `spans` says: start and stop.
+    does, as `spans` says: start and stop. backwards: the runs from their last tile on.
     """
 
     refs: dict[str, Any]
@@ -50,6 +50,7 @@ class Steps:
     batch: Any
     row: Any
     matters: tuple[Any, Any] | None
+    backwards: bool = False
 
     def number(self, everything: bool) -> tuple[Any, Any]:
         """How many have a mask, and how many have none. everything: all are taken with one."""
@@ -102,17 +103,19 @@ class Steps:
 
     def _visit_runs(self, body: Callable[[At, Any], Any], state: Any, part: Part) -> Any:
         seen = i32((1 << self.lists.rows) - 1), True
+        start, stop = self._of_row("run")
 
         def of_run(index: Any, state: Any) -> Any:
-            run = self._run(index, part)
+            run = self._run(start + stop - i32(1) - index if self.backwards else index, part)
 
             def tile(i: Any, state: Any) -> Any:
+                i = run.tiles - i32(1) - i if self.backwards else i
                 first = run.unit(i, self.lists.group)
                 return body(lambda place: (first + run.step * i32(place), *seen), state)
 
             return lax.fori_loop(i32(0), run.tiles, tile, state)
 
-        return lax.fori_loop(*self._of_row("run"), of_run, state)
+        return lax.fori_loop(start, stop, of_run, state)
 
     def _run(self, index: Any, part: Part) -> Run:
         if self.matters is None:

@@ -45,14 +45,14 @@ class KernelCall:
     """A function of one kernel, and what its arrays are.
 
     function(settings, arrays, lists) -> results, with one batch axis. Arrays have the axes of
-    their names; lists go whole to every device. results: names. sums_heads: each result is a sum
-    over the query heads of a group.
+    their names; lists go whole to every device. results: names. summed: those of them that are
+    sums over the query heads of a group.
     """
 
     function: Callable[[Settings, Arrays, Arrays], tuple[jax.Array, ...]]
     settings: Settings
     results: tuple[str, ...]
-    sums_heads: bool = False
+    summed: tuple[str, ...] = ()
 
     def __call__(self, arrays: Arrays, lists: Arrays) -> tuple[jax.Array, ...]:
         return _undifferentiable(self, arrays, lists)
@@ -78,7 +78,7 @@ def _mappable(call: KernelCall) -> Any:
             return _run(call, arrays, lists)
         return shard_over_explicit_axes(
             functools.partial(_run, call), _AXES, call.results, arrays, lists,
-            sums_heads=call.sums_heads,
+            summed=call.summed,
         )  # fmt: skip
 
     @run.def_vmap
@@ -96,7 +96,7 @@ def _run(call: KernelCall, arrays: Arrays, lists: Arrays) -> tuple[jax.Array, ..
     lead = arrays["query"].ndim - 4
     if not may_be_split():
         return _local(call, lead, arrays, lists)
-    sums_parts = call.sums_heads and arrays["key"].shape[-2] == 1
+    sums_parts = bool(call.summed) and arrays["key"].shape[-2] == 1
     split = _splittable(call, lead, tuple(arrays), tuple(lists), sums_parts)
     return split(*arrays.values(), *lists.values())
 
@@ -163,7 +163,13 @@ def _splittable(
                     "name here; use shard_map over all axes of the mesh"
                 )
             members = query.sharding.spec[-2]
-            lower = lambda *flat: lax.psum(run(*flat), members)  # noqa: E731
+
+            def lower(*flat: jax.Array) -> tuple[jax.Array, ...]:
+                return tuple(
+                    lax.psum(result, members) if name in call.summed else result
+                    for name, result in zip(call.results, run(*flat), strict=True)
+                )
+
         shardings = lambda arrays: tuple(array.sharding for array in arrays)  # noqa: E731
         return mesh, lower, shardings(results), shardings(inputs)
 
@@ -172,7 +178,7 @@ def _splittable(
         named = dict(zip(names, shapes, strict=False))
         heads, kv_heads = named["query"][-2], named["key"][-2]
         whole = shapes[len(names) :]
-        keeps_groups = call.sums_heads and (kv_heads > 1 or mesh.empty)
+        keeps_groups = bool(call.summed) and (kv_heads > 1 or mesh.empty)
         return _rule(names, call.results, lead, heads, kv_heads, whole, keeps_groups)
 
     split = custom_partitioning(run)

@@ -50,8 +50,10 @@ class Tile:
             raise ValueError(f"unroll={self.unroll!r} must lie in 1..4")
         if self.lowering not in ("triton", "mosaic"):
             raise ValueError(f"lowering={self.lowering!r} must be 'triton' or 'mosaic'")
-        shape = self.block_q, min(self.block_kv, 64), self.num_warps, self.unroll
-        if self.lowering == "mosaic" and (shape != (MOSAIC_ROWS, 64, 8, 1) or self.num_stages < 2):
+        sizes = self.block_q, self.block_kv
+        fits = max(sizes) == MOSAIC_ROWS and min(sizes) in (64, MOSAIC_ROWS)
+        fits &= (self.num_warps, self.unroll) == (8, 1) and self.num_stages >= 2
+        if self.lowering == "mosaic" and not fits:
             raise ValueError(
                 f"a tile of lowering='mosaic' has block_q={MOSAIC_ROWS}, block_kv=64 or 128, "
                 f"num_warps=8, unroll=1 and two stages or more, got {self}"
@@ -60,23 +62,33 @@ class Tile:
 
 @dataclasses.dataclass(frozen=True)
 class TileConfig:
-    """One tile for each kernel: forward, the query gradient, the key/value gradients."""
+    """One tile for each kernel: forward, the query gradient, the key/value gradients.
+
+    dq: None where the kernel of `dkv` makes all three gradients: one of lowering="mosaic" with
+    block_q=64 does, and no other.
+    """
 
     forward: Tile
-    dq: Tile
+    dq: Tile | None
     dkv: Tile
 
     def __post_init__(self) -> None:
         for name in ("forward", "dq", "dkv"):
-            if not isinstance(getattr(self, name), Tile):
-                raise TypeError(f"{name} must be a Tile, got {type(getattr(self, name)).__name__}")
+            tile = getattr(self, name)
+            if not isinstance(tile, Tile) and not (name == "dq" and tile is None):
+                raise TypeError(f"{name} must be a Tile, got {type(tile).__name__}")
         if self.dkv.unroll != 1:
             raise ValueError(
                 f"unroll={self.dkv.unroll!r} of dkv must be 1: its loop is not unrolled"
             )
-        keys = MOSAIC_ROWS, MOSAIC_ROWS
-        if self.dkv.lowering == "mosaic" and (self.dkv.block_q, self.dkv.block_kv) != keys:
+        if self.dkv.lowering == "mosaic" and self.dkv.block_kv != MOSAIC_ROWS:
             raise ValueError(f"dkv of lowering='mosaic' has block_kv={MOSAIC_ROWS}, got {self.dkv}")
+        makes_all = self.dkv.lowering == "mosaic" and self.dkv.block_q == 64
+        if makes_all != (self.dq is None):
+            raise ValueError(
+                "dq is None where dkv has lowering='mosaic' and block_q=64, and a Tile otherwise: "
+                f"got dq={self.dq} and dkv={self.dkv}"
+            )
 
     def check_mosaic_memory(self, dim: int, segments: bool) -> None:
         """Raises ValueError where a kernel that Mosaic lowers would need more than there is."""
@@ -87,12 +99,14 @@ class TileConfig:
         # Arrays of the fixed axis that are in shared memory at a time, rows of the walked one a
         # stage, and what else: numbers of a token, notes, flags, what the compiler reserves. Wide
         # steps of dq leave room for half of a result.
-        half = self.dq.block_kv > 64
-        kernels = (
+        kernels = [
             ("forward", self.forward, 2, self.forward.block_kv, 6208),
-            ("dq", self.dq, 2 if half else 3, self.dq.block_kv, 3120 + half * (16 << 10)),
             ("dkv", self.dkv, 2, self.dkv.block_q, 2304 + (16 << 10)),
-        )
+        ]
+        if self.dq is not None:
+            half = self.dq.block_kv > 64
+            others = 3120 + half * (16 << 10)
+            kernels.append(("dq", self.dq, 2 if half else 3, self.dq.block_kv, others))
 
         for name, tile, arrays, walked, others in kernels:
             if tile.lowering != "mosaic":
@@ -115,7 +129,8 @@ class TileConfig:
     @property
     def mosaic(self) -> bool:
         """Whether any kernel is lowered by Mosaic."""
-        return "mosaic" in (self.forward.lowering, self.dq.lowering, self.dkv.lowering)
+        tiles = (tile for tile in (self.forward, self.dq, self.dkv) if tile is not None)
+        return any(tile.lowering == "mosaic" for tile in tiles)
 
 
 def pick_tiles(

@@ -47,6 +47,7 @@ class PatternLayouts:
         return self._lists("q", self.tiles.forward)
 
     def dq(self) -> BlockLists:
+        assert self.tiles.dq is not None
         return self._lists("q", self.tiles.dq)
 
     def dkv(self) -> BlockLists:
