@@ -40,6 +40,7 @@ from pallas_kernels.hopper_tiles import (
 _REGISTERS = 208, 88
 _SLOTS = 2  # for gradients of scores; one where sums in float32 need the room
 _COLUMNS = 64  # of the gradient of queries that are made at a time
+_PART = 32  # queries of a step whose weights are made at a time
 _LATE = 1  # steps by which the gradient of queries is made after they are fetched
 _LARGEST = 2.0**30
 _LEAST_BOUND = 2.0**-90  # its inverse is a number still
@@ -280,12 +281,10 @@ class Multiplier(KeyHolder):
             return products[...]
 
         queries = pipeline.key.shape[1]
-        everything = pl.ds(0, queries)
         scores = pl.run_scoped(multiply, mgpu.ACC((ROWS, queries), jnp.float32))
         blank = functools.partial(self._blank, stage, mine)
         scores = lax.cond(number < masked, blank, lambda scores: scores, scores)
-        lse = numbers_of(self.scratch.lse, stage, everything, scores)
-        weights = jnp.exp2(scores * settings.exp2.scale - lse).astype(self.refs.key.dtype)
+        weights = self._weights(stage, scores)
         mgpu.barrier_wait(pipeline.value_ready.at[stage])
 
         def hand_over(made: jax.Array) -> None:
@@ -299,11 +298,7 @@ class Multiplier(KeyHolder):
             mgpu.wgmma(products, value, grad_out.transpose((1, 0)))
             add(weights, grad_out)
             made = mgpu.wgmma_accumulator_load(products, wait_n=0 if interpreted else 1)
-            made -= numbers_of(self.scratch.delta, stage, everything, made)
-            power = raised(weights.dtype)
-            if interpreted:
-                return (weights.astype(jnp.float32) * 2.0**-power * made).astype(weights.dtype)
-            return product(weights, made, power)
+            return self._grads(stage, weights, made)
 
         acc = mgpu.ACC((ROWS, queries), jnp.float32)
         if interpreted:
@@ -328,6 +323,25 @@ class Multiplier(KeyHolder):
         mgpu.barrier_arrive(pipeline.key_used.at[stage])
         return (pipeline.after(stage), step + i32(1)), *sums
 
+    def _weights(self, stage: Any, scores: jax.Array) -> jax.Array:
+        def of_part(part: Any, lse: jax.Array, scores: jax.Array) -> jax.Array:
+            exponents = scores * self.tile.settings.exp2.scale - lse
+            return jnp.exp2(exponents).astype(self.refs.key.dtype)
+
+        return _by_parts(self.scratch.lse, stage, of_part, scores)
+
+    def _grads(self, stage: Any, weights: jax.Array, made: jax.Array) -> jax.Array:
+        """Gradients of scores."""
+        power = raised(weights.dtype)
+
+        def of_part(part: Any, delta: jax.Array, weights: jax.Array, made: jax.Array) -> jax.Array:
+            made -= delta
+            if self.tile.settings.launcher == "interpret":
+                return (weights.astype(jnp.float32) * 2.0**-power * made).astype(weights.dtype)
+            return product(weights, made, power)
+
+        return _by_parts(self.scratch.delta, stage, of_part, weights, made)
+
     def _blank(self, stage: Any, warpgroup: Any, scores: jax.Array) -> jax.Array:
         """Scores of a step with a mask."""
         pipeline, kv_ids = self.pipeline, None
@@ -336,3 +350,17 @@ class Multiplier(KeyHolder):
         entries, q_ids = pipeline.entries_at(stage), pipeline.ids_at(stage)
         mask = self.tile.mask(entries, self._positions(), warpgroup, q_ids, kv_ids)
         return jnp.where(mask, scores, -jnp.inf)
+
+
+def _by_parts(numbers: Any, stage: Any, function: Any, *arrays: jax.Array) -> jax.Array:
+    """`function(part, numbers, *arrays)` of some queries after the other, for fewer registers."""
+    results: list[jax.Array] = []
+    queries = arrays[0].shape[1]
+    for start in range(0, queries, _PART):
+        part = slice(start, start + _PART)
+        some = [array[:, part] for array in arrays]
+        of_part = numbers_of(numbers, stage, pl.ds(start, _PART), some[0])
+        made = function(part, of_part, *some)
+        made, stage = lax.optimization_barrier((made, stage))
+        results.append(made)
+    return jnp.concatenate(results, axis=1)
