@@ -294,15 +294,19 @@ class Multiplier(KeyHolder):
             mgpu.barrier_arrive(grads.ready.at[slot])
 
         def grad_scores(products: Any, add: Any) -> jax.Array:
-            grad_out = pipeline.value.at[stage]
             mgpu.wgmma(products, value, grad_out.transpose((1, 0)))
             add(weights, grad_out)
-            made = mgpu.wgmma_accumulator_load(products, wait_n=0 if interpreted else 1)
-            return self._grads(stage, weights, made)
+            return self._grads(weights, mgpu.wgmma_accumulator_load(products, wait_n=1))
 
-        acc = mgpu.ACC((ROWS, queries), jnp.float32)
+        grad_out = pipeline.value.at[stage]
+        delta = numbers_of(self.scratch.delta, stage, pl.ds(0, queries), scores)
         if interpreted:
-            made = pl.run_scoped(functools.partial(grad_scores, add=lambda *_: None), acc)
+
+            def of_products(products: Any) -> jax.Array:
+                mgpu.wgmma(products, value, grad_out.transpose((1, 0)))
+                return self._grads(weights, products[...] - delta)
+
+            made = pl.run_scoped(of_products, mgpu.ACC((ROWS, queries), jnp.float32))
             hand_over(made)
             pairs = (made, pipeline.key), (weights, pipeline.value)
             sums = [
@@ -312,13 +316,12 @@ class Multiplier(KeyHolder):
         else:
 
             def add_all(refs: Any) -> None:
-                grad_key, grad_value = refs
-                add = functools.partial(mgpu.wgmma, grad_value)
-                made = pl.run_scoped(functools.partial(grad_scores, add=add), acc)
+                grad_key, grad_value, products = refs
+                made = grad_scores(products, functools.partial(mgpu.wgmma, grad_value))
                 hand_over(made)
                 mgpu.wgmma(grad_key, made, pipeline.key.at[stage])
 
-            sums = list(pl.run_state(add_all)(tuple(map(mgpu.ACC.init, sums))))
+            *sums, _ = pl.run_state(add_all)(tuple(map(mgpu.ACC.init, (*sums, -delta))))
         mgpu.barrier_arrive(pipeline.value_used.at[stage])
         mgpu.barrier_arrive(pipeline.key_used.at[stage])
         return (pipeline.after(stage), step + i32(1)), *sums
@@ -330,26 +333,28 @@ class Multiplier(KeyHolder):
 
         return _by_parts(self.scratch.lse, stage, of_part, scores)
 
-    def _grads(self, stage: Any, weights: jax.Array, made: jax.Array) -> jax.Array:
+    def _grads(self, weights: jax.Array, made: jax.Array) -> jax.Array:
         """Gradients of scores."""
         power = raised(weights.dtype)
-
-        def of_part(part: Any, delta: jax.Array, weights: jax.Array, made: jax.Array) -> jax.Array:
-            made -= delta
-            if self.tile.settings.launcher == "interpret":
-                return (weights.astype(jnp.float32) * 2.0**-power * made).astype(weights.dtype)
-            return product(weights, made, power)
-
-        return _by_parts(self.scratch.delta, stage, of_part, weights, made)
+        if self.tile.settings.launcher == "interpret":
+            return (weights.astype(jnp.float32) * 2.0**-power * made).astype(weights.dtype)
+        return product(weights, made, power)
 
     def _blank(self, stage: Any, warpgroup: Any, scores: jax.Array) -> jax.Array:
         """Scores of a step with a mask."""
         pipeline, kv_ids = self.pipeline, None
         if pipeline.ids is not None:
             kv_ids = load_numbers(self.scratch.keys.ids.at[warpgroup], axis=0)
-        entries, q_ids = pipeline.entries_at(stage), pipeline.ids_at(stage)
-        mask = self.tile.mask(entries, self._positions(), warpgroup, q_ids, kv_ids)
-        return jnp.where(mask, scores, -jnp.inf)
+        mgpu.barrier_wait(pipeline.entries_ready.at[stage])
+        blanked = []
+        for start in range(0, scores.shape[1], _PART):
+            part = pl.ds(start, _PART)
+            entries, q_ids = pipeline.some_entries(stage, part), pipeline.ids_at(stage, part)
+            mask = self.tile.mask(entries, self._positions(), warpgroup, q_ids, kv_ids)
+            some = jnp.where(mask, scores[:, start : start + _PART], -jnp.inf)
+            some, stage = lax.optimization_barrier((some, stage))
+            blanked.append(some)
+        return jnp.concatenate(blanked, axis=1)
 
 
 def _by_parts(numbers: Any, stage: Any, function: Any, *arrays: jax.Array) -> jax.Array:

@@ -24,6 +24,10 @@ needs_mosaic = pytest.mark.skipif(
 )
 OWN = TileConfig(*(Tile(128, 128, 8, 2, lowering="mosaic") for _ in range(3)))
 
+ONE = TileConfig(
+    Tile(128, 64, 8, 4, lowering="mosaic"), None, Tile(64, 128, 8, 3, lowering="mosaic")
+)
+
 BASE = AttentionCall(
     S2, q_len=1000, kv_len=1000, heads=4, kv_heads=2, head_dim=64, dtype="bfloat16", tiles=None
 )
@@ -157,6 +161,13 @@ def test_agrees_with_the_oracle(call):
 
 @pytest.mark.gpu
 @needs_mosaic
+@pytest.mark.parametrize("name", [n for n, c in CALLS.items() if c.pattern.block_size > 16])
+def test_one_backward_kernel_agrees_with_the_oracle(name):
+    check(dataclasses.replace(CALLS[name], tiles=ONE), "mosaic")
+
+
+@pytest.mark.gpu
+@needs_mosaic
 @pytest.mark.parametrize("by_rank", [False, True])
 @pytest.mark.parametrize(
     "name", ["groups", "many-tiles-packed", "many-blocks", "one-group", "padded-by-all-three"]
@@ -260,8 +271,11 @@ def test_small_float16_weights_keep_their_digits():
 
 @pytest.mark.gpu
 @needs_mosaic
-def test_the_same_call_gives_the_same_bits():
-    call = dataclasses.replace(BASE, head_dim=128, heads=8, kv_heads=8, q_len=2048, kv_len=2048)
+@pytest.mark.parametrize("tiles", [None, ONE], ids=["usual", "one_backward"])
+def test_the_same_call_gives_the_same_bits(tiles):
+    call = dataclasses.replace(
+        BASE, head_dim=128, heads=8, kv_heads=8, q_len=2048, kv_len=2048, tiles=tiles
+    )
     first, second = (call.run("mosaic") for _ in range(2))
     for name, array in first.items():
         np.testing.assert_array_equal(array, second[name], err_msg=name)
