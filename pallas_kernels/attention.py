@@ -83,7 +83,8 @@ def _backward_rule(static: Portable, residuals: Any, grads: tuple[jax.Array, jax
         delta = jnp.where(unseeing, 0.0, jnp.swapaxes(delta, 1, 2) - grad_lse)
         arrays = static.arrays(inputs, tokens) | {"grad_out": grad_out, "delta": delta}
         arrays["lse"] = jnp.where(unseeing, jnp.inf, lse)
-        results, kernel = ("query", "key", "value"), all_three
+        results: tuple[str, ...] = "query", "key", "value"
+        kernel: Any = all_three
         grad_query: tuple[jax.Array, ...] = ()
         if settings.tiles.dq is not None:
             grad_query = KernelCall(dq, settings, ("query",))(arrays, settings.layouts.dq().arrays)

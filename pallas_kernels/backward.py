@@ -42,6 +42,7 @@ def s2_dq_kernel(
     named = dict(zip(names, refs[6:-1], strict=True))
     program = Program.start(named, meta, settings, grid, q_ref.shape[0], k_ref.shape[0])
     dim, value_dim = padded_dim(q_ref.shape[1]), padded_dim(v_ref.shape[1])
+    assert settings.tiles.dq is not None
     tile = QueryTile.of(program, settings.tiles.dq.block_q)
     query = load_rows(q_ref, tile.rows, dim, tile.exists)
     grad_out = load_rows(do_ref, tile.rows, value_dim, tile.exists)

@@ -59,8 +59,8 @@ def shard_over_explicit_axes(
     """`function(arrays, lists)` on what each device holds.
 
     The query says how batch and heads are split, and the rest follows it. axes: of each array,
-    by name. results: names of arrays that each result is like. summed: those of them that are sums over
-    the query heads of a group.
+    by name. results: names of arrays that each result is like. summed: those of
+    them that are sums over the query heads of a group.
 
     Raises:
       ValueError: an array is split along its tokens or its head dim, or the heads over more

@@ -1,9 +1,9 @@
 """One backward kernel for Hopper that makes all three gradients: see hopper.py.
 
-Five products a step instead of the seven of two kernels. A program has 128 keys and takes 64 queries
-a step; the warpgroups that multiply hand the gradients of scores to the one that fetches, which
-makes the gradient of the queries of them. Many programs add to that of a query, in any order: as
-int32, on a scale of each query's own, so that all orders give the same bits.
+Five products a step instead of the seven of two kernels. A program has 128 keys and takes 64
+queries a step; the warpgroups that multiply hand the gradients of scores to the one that fetches, which
+makes the gradient of the queries of them. Many programs add to that of a query, in any order:
+as int32, on a scale of each query's own, so that all orders give the same bits.
 """
 
 from __future__ import annotations
@@ -38,7 +38,6 @@ from pallas_kernels.hopper_tiles import (
 )
 
 _REGISTERS = 208, 88
-_SLOTS = 2  # for gradients of scores; one where sums in float32 need the room
 _COLUMNS = 64  # of the gradient of queries that are made at a time
 _PART = 32  # queries of a step whose weights are made at a time
 _LATE = 1  # steps by which the gradient of queries is made after they are fetched
@@ -61,11 +60,11 @@ class Grads(NamedTuple):
     keys_used: Any
 
     @classmethod
-    def scratch(cls, stages: int, slots: int, dim: int, dtype: Any) -> Grads:
+    def scratch(cls, stages: int, dim: int, dtype: Any) -> Grads:
         return cls(
-            shared((slots, WARPGROUPS, ROWS, ROWS), dtype),
-            mgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=slots),
-            mgpu.Barrier(num_arrivals=1, num_barriers=slots),
+            shared((stages, WARPGROUPS, ROWS, ROWS), dtype),
+            mgpu.Barrier(num_arrivals=WARPGROUPS, num_barriers=stages),
+            mgpu.Barrier(num_arrivals=1, num_barriers=stages),
             mgpu.SMEM((stages, ROWS), jnp.float32),
             shared((ROWS, min(_COLUMNS, dim)), jnp.int32),
             mgpu.Barrier(num_arrivals=1, num_barriers=1),
@@ -82,10 +81,9 @@ def backward(
     query, grad_out = hopper.queries_that_count(arrays)
     key, value = hopper.keys_that_count(arrays)
     ids, lists, tile = hopper.segment_ids(arrays), settings.layouts.dkv(), settings.tiles.dkv
-    slots = _SLOTS if out_shape[0].dtype == key.dtype else 1
     scratch = Scratch.of(
         tile, lists, (key.shape[-1], value.shape[-1]), key.dtype, out_shape[0].dtype, len(ids) > 0,
-        Grads.scratch(tile.num_stages, slots, query.shape[-1], key.dtype),
+        Grads.scratch(tile.num_stages, query.shape[-1], key.dtype),
     )  # fmt: skip
     bound = _bound(key, value, grad_out, arrays["delta"], query.shape[2])
     scale = hopper.padded(_LARGEST / bound, 0.0)
@@ -144,6 +142,8 @@ def _fetch(schedule: KeySchedule, refs: tuple[Any, ...], scratch: Scratch) -> No
     sums, scale, rest = _split(refs)
     pipeline = Pipeline(schedule.lists, *scratch.stages)
     fetcher = Fetcher(schedule, rest, scratch, pipeline, sums, scale)
+    for stage in range(pipeline.stages):
+        mgpu.barrier_arrive(scratch.grads.used.at[i32(stage)])
     schedule.visit(fetcher.take, i32(0))
     mgpu.wait_smem_to_gmem(0)
 
@@ -154,7 +154,7 @@ def _compute(
     _, _, rest = _split(refs)
     pipeline = Pipeline(schedule.lists, *scratch.stages)
     tile = schedule.tile(i32(0))
-    Multiplier(schedule, warpgroup, rest, scratch, pipeline, tile).run((i32(0), i32(0)))
+    Multiplier(schedule, warpgroup, rest, scratch, pipeline, tile).run(i32(0))
 
 
 class Fetched(NamedTuple):
@@ -210,7 +210,8 @@ class Fetcher(hopper_dkv.Fetcher):
         step, before = state
         for number, fetched in enumerate(before):
             late = step - i32(_LATE - number)
-            pl.when(late >= first)(lambda late=late, fetched=fetched: self._add(tile, late, fetched, origin))
+            add = functools.partial(self._add, tile, late, fetched, origin)
+            pl.when(late >= first)(add)
         last = self.schedule.has(round_ + i32(1)) & (step > first)
         pl.when(last)(lambda: mgpu.barrier_arrive(self.scratch.grads.keys_used.at[i32(0)]))
         return step
@@ -218,8 +219,8 @@ class Fetcher(hopper_dkv.Fetcher):
     def _add(self, tile: KeyTile, step: Any, fetched: Fetched, origin: int) -> None:
         """Makes the gradient of a step's queries of those of its scores."""
         grads, interpreted = self.scratch.grads, self.schedule.settings.launcher == "interpret"
-        slot, stage = lax.rem(step, i32(grads.scores.shape[0])), lax.rem(step, i32(self.pipeline.stages))
-        mgpu.barrier_wait(grads.ready.at[slot])
+        stage = lax.rem(step, i32(self.pipeline.stages))
+        mgpu.barrier_wait(grads.ready.at[stage])
         scale = load_numbers(grads.scale.at[stage], axis=0)
         dim, columns = self.refs.query.shape[-1], grads.sums.shape[-1]
         for start in range(0, dim, columns):
@@ -227,13 +228,13 @@ class Fetcher(hopper_dkv.Fetcher):
             def multiply(products: Any, start: int = start) -> jax.Array:
                 for warpgroup in range(WARPGROUPS):
                     key = self.scratch.keys.key.at[warpgroup, :, pl.ds(start, columns)]
-                    scores = grads.scores.at[slot, warpgroup]
+                    scores = grads.scores.at[stage, warpgroup]
                     mgpu.wgmma(products, scores.transpose((1, 0)), key)
                 return products[...]
 
             found = pl.run_scoped(multiply, mgpu.ACC((ROWS, columns), jnp.float32))
             if start + columns == dim:
-                mgpu.barrier_arrive(grads.used.at[slot])
+                mgpu.barrier_arrive(grads.used.at[stage])
             found = rounded(found, spread(scale, found), interpreted)
             mgpu.wait_smem_to_gmem(0, wait_read_only=True)
             grads.sums[...] = found
@@ -259,7 +260,7 @@ class Fetcher(hopper_dkv.Fetcher):
 
 @dataclasses.dataclass(frozen=True)
 class Multiplier(KeyHolder):
-    """See `KeyHolder`. The place of a step is the slot of its stage, and that of its gradients."""
+    """See `KeyHolder`. The place of a step is that of its stage."""
 
     def _release_keys(self, told: Told) -> None:
         used = self.scratch.grads.keys_used.at[i32(0)]
@@ -268,8 +269,7 @@ class Multiplier(KeyHolder):
     def _add(
         self, masked: Any, number: Any, state: tuple[Any, jax.Array, jax.Array]
     ) -> tuple[Any, jax.Array, jax.Array]:
-        pipeline, grads, ((stage, step), *sums) = self.pipeline, self.scratch.grads, state
-        slot = lax.rem(step, i32(grads.scores.shape[0]))
+        pipeline, grads, (stage, *sums) = self.pipeline, self.scratch.grads, state
         settings = self.tile.settings
         interpreted = settings.launcher == "interpret"
         mine = lax.optimization_barrier(self.warpgroup)  # see hopper_dkv.py
@@ -288,10 +288,10 @@ class Multiplier(KeyHolder):
         mgpu.barrier_wait(pipeline.value_ready.at[stage])
 
         def hand_over(made: jax.Array) -> None:
-            pl.when(step >= i32(grads.scores.shape[0]))(lambda: mgpu.barrier_wait(grads.used.at[slot]))
-            grads.scores.at[slot, mine][...] = made
+            mgpu.barrier_wait(grads.used.at[stage])
+            grads.scores.at[stage, mine][...] = made
             mgpu.commit_smem()
-            mgpu.barrier_arrive(grads.ready.at[slot])
+            mgpu.barrier_arrive(grads.ready.at[stage])
 
         def grad_scores(products: Any, add: Any) -> jax.Array:
             mgpu.wgmma(products, value, grad_out.transpose((1, 0)))
@@ -319,12 +319,12 @@ class Multiplier(KeyHolder):
                 grad_key, grad_value, products = refs
                 made = grad_scores(products, functools.partial(mgpu.wgmma, grad_value))
                 hand_over(made)
-                mgpu.wgmma(grad_key, made, pipeline.key.at[stage])
+                mgpu.wgmma(grad_key, grads.scores.at[stage, mine], pipeline.key.at[stage])
 
             *sums, _ = pl.run_state(add_all)(tuple(map(mgpu.ACC.init, (*sums, -delta))))
         mgpu.barrier_arrive(pipeline.value_used.at[stage])
         mgpu.barrier_arrive(pipeline.key_used.at[stage])
-        return (pipeline.after(stage), step + i32(1)), *sums
+        return pipeline.after(stage), *sums
 
     def _weights(self, stage: Any, scores: jax.Array) -> jax.Array:
         def of_part(part: Any, lse: jax.Array, scores: jax.Array) -> jax.Array:

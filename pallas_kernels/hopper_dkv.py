@@ -71,7 +71,9 @@ def _compute(
     schedule: KeySchedule, refs: tuple[Any, ...], scratch: Scratch, warpgroup: Any
 ) -> None:
     pipeline = Pipeline(schedule.lists, *scratch.stages)
-    Multiplier(schedule, warpgroup, Refs.of(refs), scratch, pipeline, schedule.tile(i32(0))).run(i32(0))
+    Multiplier(schedule, warpgroup, Refs.of(refs), scratch, pipeline, schedule.tile(i32(0))).run(
+        i32(0)
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,6 +38,7 @@ def dq(settings: Settings, arrays: Arrays, list_arrays: Arrays) -> tuple[jax.Arr
     query, grad_out = (hopper.in_eights(arrays[name]) for name in ("query", "grad_out"))
     key, value = hopper.keys_that_count(arrays)
     ids, lists = hopper.segment_ids(arrays), settings.layouts.dq()
+    assert settings.tiles.dq is not None
     scratch = Scratch.of(
         settings.tiles.dq, lists, (query.shape[-1], value.shape[-1]), query.dtype, len(ids) > 0
     )

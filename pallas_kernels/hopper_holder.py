@@ -1,7 +1,7 @@
 """What Hopper's kernels that hold keys and walk queries share: see hopper.py.
 
-A program has 128 keys of a head at a time, 64 a warpgroup. Before a tile's sums are stored, the next
-tile's keys are on their way to where they were.
+A program has 128 keys of a head at a time, 64 a warpgroup. Before a tile's sums are stored, the
+next tile's keys are on their way to where they were.
 """
 
 from __future__ import annotations
@@ -171,9 +171,7 @@ class KeyHolder:
         batch, head = self.tile.batch, self.tile.kv_head
         for piece, tokens in self._pieces():
             rows = self.warpgroup, pl.ds(piece.place, piece.size)
-            mgpu.copy_gmem_to_smem(
-                self.refs.key.at[batch, tokens, head], keys.key.at[rows], ready
-            )
+            mgpu.copy_gmem_to_smem(self.refs.key.at[batch, tokens, head], keys.key.at[rows], ready)
             if self.refs.ids:
                 tokens = pl.ds(jnp.maximum(piece.position, i32(0)), piece.size)
                 ids = self.refs.ids[1].at[batch, tokens]

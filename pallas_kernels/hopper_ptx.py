@@ -83,7 +83,7 @@ def rounded(numbers: jax.Array, factors: jax.Array, interpreted: bool) -> jax.Ar
         for place, (two, by) in enumerate(
             zip(numbers.registers.flat, factors.registers.flat, strict=True)
         ):
-            words = [
+            words: Any = [
                 llvm.inline_asm(i32_type, [element(two, n), element(by, n)], text, "=r,f,f")
                 for n in range(2)
             ]

@@ -25,7 +25,7 @@ needs_mosaic = pytest.mark.skipif(
 OWN = TileConfig(*(Tile(128, 128, 8, 2, lowering="mosaic") for _ in range(3)))
 
 ONE = TileConfig(
-    Tile(128, 64, 8, 4, lowering="mosaic"), None, Tile(64, 128, 8, 3, lowering="mosaic")
+    Tile(128, 64, 8, 4, lowering="mosaic"), None, Tile(64, 128, 8, 2, lowering="mosaic")
 )
 
 BASE = AttentionCall(

@@ -13,7 +13,7 @@ from pallas_kernels.hopper_keys import Chunks
 from s2_jax import Tile, TileConfig
 from tests.calls import AttentionCall, assert_padding_reaches_nothing, check
 from tests.draws import mosaic_calls
-from tests.test_mosaic import small_weights
+from tests.test_mosaic import ONE, small_weights
 
 pytestmark = pytest.mark.skipif(
     jax.__version_info__ < (0, 12), reason="older interpreters do not know all that is used"
@@ -91,6 +91,11 @@ def over_one_device(monkeypatch):
     monkeypatch.setattr(Chunks, "of", chunks_of(2))
     with jax.set_mesh(mesh):
         yield
+
+
+@pytest.mark.parametrize("name", ["groups", "head-dim-128", "odd-lengths", "packed", "padded"])
+def test_one_backward_kernel_agrees_with_the_oracle(name):
+    check(dataclasses.replace(CALLS[name], tiles=ONE), "interpret")
 
 
 @given(mosaic_calls())
