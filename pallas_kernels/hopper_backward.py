@@ -1,9 +1,9 @@
 """One backward kernel for Hopper that makes all three gradients: see hopper.py.
 
 Five products a step instead of the seven of two kernels. A program has 128 keys and takes 64
-queries a step; the warpgroups that multiply hand the gradients of scores to the one that fetches, which
-makes the gradient of the queries of them. Many programs add to that of a query, in any order:
-as int32, on a scale of each query's own, so that all orders give the same bits.
+queries a step. The warpgroups that multiply hand the gradients of scores to the one that fetches,
+which makes the gradient of the queries of them. Many programs add to that of a query, in any
+order: as int32, on a scale of each query's own, so that all orders give the same bits.
 """
 
 from __future__ import annotations
