@@ -55,7 +55,8 @@ class Tile:
         fits &= (self.num_warps, self.unroll) == (8, 1) and self.num_stages >= 2
         if self.lowering == "mosaic" and not fits:
             raise ValueError(
-                f"a tile of lowering='mosaic' has block_q={MOSAIC_ROWS}, block_kv=64 or 128, "
+                f"a tile of lowering='mosaic' has block_q={MOSAIC_ROWS}, block_kv=64 or 128 (or "
+                f"64 and 128, for all three gradients), "
                 f"num_warps=8, unroll=1 and two stages or more, got {self}"
             )
 
@@ -77,6 +78,12 @@ class TileConfig:
             tile = getattr(self, name)
             if not isinstance(tile, Tile) and not (name == "dq" and tile is None):
                 raise TypeError(f"{name} must be a Tile, got {type(tile).__name__}")
+            if tile is None or name == "dkv" or tile.lowering != "mosaic":
+                continue
+            if tile.block_q != MOSAIC_ROWS:
+                raise ValueError(
+                    f"{name} of lowering='mosaic' has block_q={MOSAIC_ROWS}, got {tile}"
+                )
         if self.dkv.unroll != 1:
             raise ValueError(
                 f"unroll={self.dkv.unroll!r} of dkv must be 1: its loop is not unrolled"
@@ -116,6 +123,8 @@ class TileConfig:
             needed += 40 * tile.num_stages + whole(512 * tile.num_stages)  # barriers, entries
             if name == "dkv":
                 needed += 2 * whole(512 * tile.num_stages)  # a number a query
+                if self.dq is None:  # one more, gradients of scores, and some of the queries'
+                    needed += whole(256 * tile.num_stages) + (16 << 10) * (1 + tile.num_stages)
             if segments:
                 needed += 1024 + whole(4 * tile.num_stages * walked)
             if needed > _HOPPER_SHARED_BYTES:

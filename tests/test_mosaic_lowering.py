@@ -1,5 +1,6 @@
 """Which calls Mosaic's kernels are lowered for, which go to Triton and which are refused."""
 
+import dataclasses
 import gc
 
 import jax
@@ -307,12 +308,26 @@ def test_an_old_jax_does_not_interpret_them():
 
 @pytest.mark.parametrize(
     "fields",
-    [(64, 128, 8), (128, 32, 8), (128, 128, 4), (128, 128, 8, 1), (128, 128, 8, 2, 2)],
+    [(64, 64, 8), (128, 32, 8), (128, 128, 4), (128, 128, 8, 1), (128, 128, 8, 2, 2)],
     ids=str,
 )
 def test_tiles_it_has_not(fields):
     with pytest.raises(ValueError, match="a tile of lowering='mosaic' has block_q=128"):
         Tile(*fields, lowering="mosaic")
+
+
+def test_half_as_many_queries_are_for_all_three_gradients():
+    half = Tile(64, 128, 8, 2, lowering="mosaic")
+    for these in ((half, MOSAIC, PLAIN), (MOSAIC, half, PLAIN)):
+        with pytest.raises(ValueError, match="of lowering='mosaic' has block_q=128"):
+            TileConfig(*these)
+    for these in ((MOSAIC, MOSAIC, half), (MOSAIC, None, PLAIN)):
+        with pytest.raises(ValueError, match="dq is None where dkv has"):
+            TileConfig(*these)
+    TileConfig(MOSAIC, None, half).check_mosaic_memory(128, segments=True)
+    deep = TileConfig(MOSAIC, None, dataclasses.replace(half, num_stages=3))
+    with pytest.raises(ValueError, match=r"num_stages=3 of tiles\.dkv are too many"):
+        deep.check_mosaic_memory(128, segments=False)
 
 
 def test_tiles_of_no_known_lowering():
