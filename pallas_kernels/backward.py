@@ -1,7 +1,8 @@
 """The backward kernels: dq from the forward's lists, dk and dv from their transpose.
 
 Both recompute the probabilities from the LSE (arXiv 2307.08691, section 3.2). Every output tile
-belongs to one program, which adds in a fixed order: the gradients are the same bit for bit.
+belongs to one program, which adds in a fixed order: the gradients are the same bit for bit. On
+Hopper one kernel can make all three: see hopper_backward.py.
 """
 
 from __future__ import annotations

@@ -39,8 +39,6 @@ from pallas_kernels.hopper_tiles import (
 
 _REGISTERS = 208, 88
 _COLUMNS = 64  # of the gradient of queries that are made at a time
-_PART = 32  # queries of a step whose weights are made at a time
-_LATE = 1  # steps by which the gradient of queries is made after they are fetched
 _LARGEST = 2.0**30
 _LEAST_BOUND = 2.0**-90  # its inverse is a number still
 
@@ -178,42 +176,40 @@ class Fetcher(hopper_dkv.Fetcher):
         tile = self.schedule.tile(round_)
         everything = ~tile.whole
         masked, plain = self.number(tile)
-        masked, plain = (
-            jnp.where(everything, masked + plain, masked), jnp.where(everything, i32(0), plain)
-        )  # fmt: skip
+        more = jnp.where(everything, plain, i32(0))
+        masked, plain = masked + more, plain - more
         Notes(*self.scratch.notes).write(round_, Told(i32(0), masked, plain, round_))
         origin = self.schedule.settings.query_offset
         assert origin is not None
         first = step
-        nothing = Fetched(i32(0), (i32(-1),) * tile.lists.group)
-        state = step, (nothing,) * _LATE
+        state = step, Fetched(i32(0), (i32(-1),) * tile.lists.group)
 
-        def feed(member: Any, state: Any, part: str, masked: bool) -> Any:
+        def add(step: Any, last: Fetched) -> None:
+            """Of the step before this one."""
+            pl.when(step > first)(lambda: self._add(tile, step - i32(1), last, origin))
+
+        def feed(member: Any, state: Any, part: str, masked: Any) -> Any:
             sides, steps = self._sides(tile, member), tile.steps(member)
 
             def one(at: At, state: Any) -> Any:
-                step, before = state
+                step, last = state
                 units = self.pipeline.units(at)
                 self.pipeline.fetch(units, sides, step, masked, origin)
-                late = step - i32(_LATE)
-                pl.when(late >= first)(lambda: self._add(tile, late, before[0], origin))
+                add(step, last)
                 kept = (u if e is True else jnp.where(e, u, i32(-1)) for u, _, e in units)
-                return step + i32(1), (*before[1:], Fetched(tile.head(member), tuple(kept)))
+                return step + i32(1), Fetched(tile.head(member), tuple(kept))
 
             if part == "masked":
                 return steps.visit_masked(one, state, everything=False)
             return steps.visit_plain(one, state)
 
-        for part, mask in ("masked", True), ("plain", None):
-            body = functools.partial(feed, part=part, masked=everything if mask is None else mask)
+        for part, mask in ("masked", True), ("plain", everything):
+            body = functools.partial(feed, part=part, masked=mask)
             state = hopper_dkv.of_group(tile, body, state)
-        step, before = state
-        for number, fetched in enumerate(before):
-            late = step - i32(_LATE - number)
-            add = functools.partial(self._add, tile, late, fetched, origin)
-            pl.when(late >= first)(add)
-        last = self.schedule.has(round_ + i32(1)) & (step > first)
-        pl.when(last)(lambda: mgpu.barrier_arrive(self.scratch.grads.keys_used.at[i32(0)]))
+        step, _ = state
+        add(*state)
+        follows = self.schedule.has(round_ + i32(1)) & (step > first)
+        pl.when(follows)(lambda: mgpu.barrier_arrive(self.scratch.grads.keys_used.at[i32(0)]))
         return step
 
     def _add(self, tile: KeyTile, step: Any, fetched: Fetched, origin: int) -> None:
@@ -284,7 +280,8 @@ class Multiplier(KeyHolder):
         scores = pl.run_scoped(multiply, mgpu.ACC((ROWS, queries), jnp.float32))
         blank = functools.partial(self._blank, stage, mine)
         scores = lax.cond(number < masked, blank, lambda scores: scores, scores)
-        weights = self._weights(stage, scores)
+        lse = numbers_of(self.scratch.lse, stage, pl.ds(0, queries), scores)
+        weights = jnp.exp2(scores * settings.exp2.scale - lse).astype(self.refs.key.dtype)
         mgpu.barrier_wait(pipeline.value_ready.at[stage])
 
         def hand_over(made: jax.Array) -> None:
@@ -292,11 +289,6 @@ class Multiplier(KeyHolder):
             grads.scores.at[stage, mine][...] = made
             mgpu.commit_smem()
             mgpu.barrier_arrive(grads.ready.at[stage])
-
-        def grad_scores(products: Any, add: Any) -> jax.Array:
-            mgpu.wgmma(products, value, grad_out.transpose((1, 0)))
-            add(weights, grad_out)
-            return self._grads(weights, mgpu.wgmma_accumulator_load(products, wait_n=1))
 
         grad_out = pipeline.value.at[stage]
         delta = numbers_of(self.scratch.delta, stage, pl.ds(0, queries), scores)
@@ -317,21 +309,15 @@ class Multiplier(KeyHolder):
 
             def add_all(refs: Any) -> None:
                 grad_key, grad_value, products = refs
-                made = grad_scores(products, functools.partial(mgpu.wgmma, grad_value))
-                hand_over(made)
+                mgpu.wgmma(products, value, grad_out.transpose((1, 0)))
+                mgpu.wgmma(grad_value, weights, grad_out)
+                hand_over(self._grads(weights, mgpu.wgmma_accumulator_load(products, wait_n=1)))
                 mgpu.wgmma(grad_key, grads.scores.at[stage, mine], pipeline.key.at[stage])
 
             *sums, _ = pl.run_state(add_all)(tuple(map(mgpu.ACC.init, (*sums, -delta))))
         mgpu.barrier_arrive(pipeline.value_used.at[stage])
         mgpu.barrier_arrive(pipeline.key_used.at[stage])
         return pipeline.after(stage), *sums
-
-    def _weights(self, stage: Any, scores: jax.Array) -> jax.Array:
-        def of_part(part: Any, lse: jax.Array, scores: jax.Array) -> jax.Array:
-            exponents = scores * self.tile.settings.exp2.scale - lse
-            return jnp.exp2(exponents).astype(self.refs.key.dtype)
-
-        return _by_parts(self.scratch.lse, stage, of_part, scores)
 
     def _grads(self, weights: jax.Array, made: jax.Array) -> jax.Array:
         """Gradients of scores."""
@@ -345,27 +331,6 @@ class Multiplier(KeyHolder):
         pipeline, kv_ids = self.pipeline, None
         if pipeline.ids is not None:
             kv_ids = load_numbers(self.scratch.keys.ids.at[warpgroup], axis=0)
-        mgpu.barrier_wait(pipeline.entries_ready.at[stage])
-        blanked = []
-        for start in range(0, scores.shape[1], _PART):
-            part = pl.ds(start, _PART)
-            entries, q_ids = pipeline.some_entries(stage, part), pipeline.ids_at(stage, part)
-            mask = self.tile.mask(entries, self._positions(), warpgroup, q_ids, kv_ids)
-            some = jnp.where(mask, scores[:, start : start + _PART], -jnp.inf)
-            some, stage = lax.optimization_barrier((some, stage))
-            blanked.append(some)
-        return jnp.concatenate(blanked, axis=1)
-
-
-def _by_parts(numbers: Any, stage: Any, function: Any, *arrays: jax.Array) -> jax.Array:
-    """`function(part, numbers, *arrays)` of some queries after the other, for fewer registers."""
-    results: list[jax.Array] = []
-    queries = arrays[0].shape[1]
-    for start in range(0, queries, _PART):
-        part = slice(start, start + _PART)
-        some = [array[:, part] for array in arrays]
-        of_part = numbers_of(numbers, stage, pl.ds(start, _PART), some[0])
-        made = function(part, of_part, *some)
-        made, stage = lax.optimization_barrier((made, stage))
-        results.append(made)
-    return jnp.concatenate(results, axis=1)
+        entries, q_ids = pipeline.entries_at(stage), pipeline.ids_at(stage)
+        mask = self.tile.mask(entries, self._positions(), warpgroup, q_ids, kv_ids)
+        return jnp.where(mask, scores, -jnp.inf)

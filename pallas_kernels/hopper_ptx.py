@@ -44,16 +44,12 @@ def product(weights: jax.Array, grads: jax.Array, raised: int) -> jax.Array:
         pair = ir.VectorType.get((1,), i32_type)
         products = np.empty_like(weights.registers)
 
-        def element(register: Any, number: int) -> Any:
-            at = ir.DenseI64ArrayAttr.get([number])
-            return vector.extract(register, dynamic_position=[], static_position=at)
-
         for place, (two, factors) in enumerate(
             zip(weights.registers.flat, grads.registers.flat, strict=True)
         ):
-            word = element(vector.bitcast(pair, two), 0)
+            word = _element(vector.bitcast(pair, two), 0)
             made: Any = llvm.inline_asm(
-                i32_type, [word, element(factors, 0), element(factors, 1)], text, "=r,r,f,f"
+                i32_type, [word, _element(factors, 0), _element(factors, 1)], text, "=r,r,f,f"
             )
             products.flat[place] = vector.bitcast(two.type, vector.broadcast(pair, made))
         return FragmentedArray(_registers=products, _layout=weights.layout, _is_signed=None)
@@ -76,18 +72,20 @@ def rounded(numbers: jax.Array, factors: jax.Array, interpreted: bool) -> jax.Ar
         pair = ir.VectorType.get((2,), i32_type)
         made = np.empty_like(numbers.registers)
 
-        def element(register: Any, number: int) -> Any:
-            at = ir.DenseI64ArrayAttr.get([number])
-            return vector.extract(register, dynamic_position=[], static_position=at)
-
         for place, (two, by) in enumerate(
             zip(numbers.registers.flat, factors.registers.flat, strict=True)
         ):
             words: Any = [
-                llvm.inline_asm(i32_type, [element(two, n), element(by, n)], text, "=r,f,f")
+                llvm.inline_asm(i32_type, [_element(two, n), _element(by, n)], text, "=r,f,f")
                 for n in range(2)
             ]
             made.flat[place] = vector.from_elements(pair, words)
         return FragmentedArray(_registers=made, _layout=numbers.layout, _is_signed=True)
 
     return convert(numbers, factors)
+
+
+def _element(register: Any, number: int) -> Any:
+    """Of a vector."""
+    at = ir.DenseI64ArrayAttr.get([number])
+    return vector.extract(register, dynamic_position=[], static_position=at)

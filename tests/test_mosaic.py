@@ -231,9 +231,10 @@ def test_what_is_not_finite_stays_in_its_rows(bad):
 
 @pytest.mark.gpu
 @needs_mosaic
-@pytest.mark.parametrize("name", ["padded", "padded-by-all-three", "packed-and-padded"])
-def test_nan_in_the_padding_reaches_nothing(name):
-    assert_padding_reaches_nothing(CALLS[name], "mosaic")
+@pytest.mark.parametrize("tiles", [None, OWN, ONE], ids=["usual", "own", "one_backward"])
+@pytest.mark.parametrize("name", ["padded", "packed-and-padded"])
+def test_nan_in_the_padding_reaches_nothing(name, tiles):
+    assert_padding_reaches_nothing(dataclasses.replace(CALLS[name], tiles=tiles), "mosaic")
 
 
 def small_weights(implementation):

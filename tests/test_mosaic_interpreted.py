@@ -103,8 +103,10 @@ def test_drawn_calls_agree_with_the_oracle(call):
     check(call, "interpret")
 
 
-def test_nan_in_the_padding_reaches_nothing():
-    assert_padding_reaches_nothing(CALLS["padded"], "interpret")
+@pytest.mark.parametrize("tiles", [TILES, ONE], ids=["two", "one"])
+def test_nan_in_the_padding_reaches_nothing(tiles):
+    call = dataclasses.replace(CALLS["padded"], tiles=tiles)
+    assert_padding_reaches_nothing(call, "interpret")
 
 
 def test_small_float16_weights_keep_their_digits():
